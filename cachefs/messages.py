@@ -1,0 +1,248 @@
+"""What readers and the fetcher of a cache say to each other.
+
+One message is one packet on a Unix SOCK_SEQPACKET socket: the kernel keeps the borders, so there is no framing,
+and a descriptor passed with SCM_RIGHTS belongs to exactly one message. Bodies are MessagePack; the first field
+names the message. Replies carry the `id` of their request and may come in any order; long work sends Progress
+messages before its final reply. Bytes of objects never travel here: a reply names a file or passes a descriptor.
+
+Both sides send Hello first; a peer of another PROTOCOL is refused with a clear error.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+PROTOCOL = 1
+
+# Unix sockets take packets up to their send buffer (net.core.wmem_default, 212,992 bytes on every
+# distribution's kernel), of which the kernel charges about half as overhead.
+MAX_PACKET = 96 * 1024
+
+# Entries per page of a listing: at most 1 KiB of name (the longest S3 key) each stays within MAX_PACKET.
+PAGE_BYTES = 64 * 1024
+
+
+class Entry(msgspec.Struct, frozen=True, array_like=True):
+    """One name at an origin. path: the origin's full path (as its fsspec file system strips it).
+
+    size: bytes, 0 for a directory. mtime_ns: nanoseconds since the epoch, 0 where the origin has none.
+    version: what the origin calls this content (ETag without quotes, generation, or "mtime-size"); "" for a directory.
+    """
+
+    path: str
+    size: int
+    mtime_ns: int
+    version: str
+    directory: bool = False
+
+
+# --- requests ------------------------------------------------------------------------------------------------
+
+
+class Request(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    id: int = 0
+
+
+class Hello(Request, frozen=True, tag=True, kw_only=True):
+    protocol: int = PROTOCOL
+    pid: int = 0
+
+
+class Attach(Request, frozen=True, tag=True, kw_only=True):
+    """Use an origin. `options` may hold credentials: they stay in the fetcher's memory.
+
+    redacted: the secrets were left out (a pickle from another process); the fetcher then needs to know this
+    origin already, or to find credentials in `environ`. root: the dataset root; "" = everything at the origin.
+    """
+
+    protocol: str
+    options: dict[str, Any]
+    environ: dict[str, str]
+    redacted: bool = False
+    root: str = ""
+
+
+class Need(Request, frozen=True, tag=True, kw_only=True):
+    """Make bytes [offset, offset+length) of an object readable. length None = the whole object.
+
+    version "" = whatever this dataset's snapshot says (its catalog, or the version first seen).
+    descriptor: answer with a descriptor even where a path would do (the reader lost the path to eviction).
+    damaged: the reader found the stored bytes wrong; check them before answering.
+    """
+
+    attachment: int
+    path: str
+    version: str = ""
+    offset: int = 0
+    length: int | None = None
+    descriptor: bool = False
+    damaged: bool = False
+
+
+class Info(Request, frozen=True, tag=True, kw_only=True):
+    """What is `path`? Answered with Found."""
+
+    attachment: int
+    path: str
+
+
+class List(Request, frozen=True, tag=True, kw_only=True):
+    """The entries below `path`: one level, or all files (`recursive`). Answered with Page... (last: more=False)."""
+
+    attachment: int
+    path: str
+    recursive: bool = False
+
+
+class MakeCatalog(Request, frozen=True, tag=True, kw_only=True):
+    """List the dataset into a catalog, unless it has one (`refresh`: list again). Progress..., then Catalogued."""
+
+    attachment: int
+    refresh: bool = False
+
+
+class Refresh(Request, frozen=True, tag=True, kw_only=True):
+    """Forget the versions first seen of a dataset that has no catalog; MakeCatalog(refresh) for one that has."""
+
+    attachment: int
+
+
+class Warm(Request, frozen=True, tag=True, kw_only=True):
+    """Fetch the dataset's files (all, or `paths`). Progress..., then Done."""
+
+    attachment: int
+    paths: list[str] | None = None
+
+
+class Evict(Request, frozen=True, tag=True, kw_only=True):
+    """Drop what is stored of the dataset below `path`. Progress..., then Done."""
+
+    attachment: int
+    path: str
+
+
+class Verify(Request, frozen=True, tag=True, kw_only=True):
+    """Check every blob against its digest; damaged ones are dropped. Progress..., then Done."""
+
+
+class Status(Request, frozen=True, tag=True, kw_only=True):
+    """Answered with Report."""
+
+
+class Cancel(Request, frozen=True, tag=True, kw_only=True):
+    """Stop caring about request `target` of this connection. No reply of its own."""
+
+    target: int
+
+
+class Shutdown(Request, frozen=True, tag=True, kw_only=True):
+    """Finish and exit. Answered with Done before the socket closes."""
+
+
+# --- replies -------------------------------------------------------------------------------------------------
+
+
+class Reply(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    id: int
+
+
+class Welcome(Reply, frozen=True, tag=True, kw_only=True):
+    protocol: int
+    pid: int
+
+
+class Attached(Reply, frozen=True, tag=True, kw_only=True):
+    """dataset: 32 hex characters, the directory of refs. snapshot: the id for digest.snapshot_ref."""
+
+    attachment: int
+    dataset: str
+    snapshot: str
+
+
+class Ready(Reply, frozen=True, tag=True, kw_only=True):
+    """Bytes [start, stop) of the object may be read now, at file offset (object offset - base).
+
+    file: an absolute path, or "" when a descriptor travels with this message. size and version are the object's.
+    complete: the file is the whole object and will stay so (only then may a reader keep using it beyond stop).
+    """
+
+    file: str
+    size: int
+    version: str
+    start: int
+    stop: int
+    base: int = 0
+    complete: bool = False
+
+
+class Found(Reply, frozen=True, tag=True, kw_only=True):
+    entry: Entry
+
+
+class Page(Reply, frozen=True, tag=True, kw_only=True):
+    entries: list[Entry]
+    more: bool
+
+
+class Progress(Reply, frozen=True, tag=True, kw_only=True):
+    """Long work is alive. total 0 = not known yet. what: "objects listed", "objects", "blobs", ..."""
+
+    done: int
+    total: int
+    bytes: int
+    what: str
+
+
+class Catalogued(Reply, frozen=True, tag=True, kw_only=True):
+    """file: absolute path of the catalog. The counts are of the whole dataset."""
+
+    file: str
+    snapshot: str
+    files: int
+    directories: int
+    bytes: int
+    skipped: int
+    changed: bool
+
+
+class Done(Reply, frozen=True, tag=True, kw_only=True):
+    """The end of long work: how many, how many bytes, what failed (path, reason), at most 100 of `failed_total`."""
+
+    count: int = 0
+    bytes: int = 0
+    failed: list[tuple[str, str]] = []
+    failed_total: int = 0
+
+
+class Report(Reply, frozen=True, tag=True, kw_only=True):
+    status: dict[str, Any]
+
+
+class Failed(Reply, frozen=True, tag=True, kw_only=True):
+    """errors.to_wire of what went wrong."""
+
+    error: tuple[str, str, str | None]
+
+
+AnyRequest = (
+    Hello
+    | Attach
+    | Need
+    | Info
+    | List
+    | MakeCatalog
+    | Refresh
+    | Warm
+    | Evict
+    | Verify
+    | Status
+    | Cancel
+    | Shutdown
+)
+AnyReply = Welcome | Attached | Ready | Found | Page | Progress | Catalogued | Done | Report | Failed
+
+encode = msgspec.msgpack.Encoder().encode
+decode_request = msgspec.msgpack.Decoder(AnyRequest).decode
+decode_reply = msgspec.msgpack.Decoder(AnyReply).decode
