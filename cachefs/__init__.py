@@ -10,18 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cachefs.config import CacheConfig as CacheConfig
-    from cachefs.filesystem import CacheFileSystem as CacheFileSystem
 
-__all__ = ["CacheConfig", "CacheFileSystem", "__version__"]
+__all__ = ["CacheConfig", "__version__"]
 
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name == "CacheFileSystem":
-        from cachefs.filesystem import CacheFileSystem
-
-        return CacheFileSystem
     if name == "CacheConfig":
         from cachefs.config import CacheConfig
 

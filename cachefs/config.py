@@ -16,10 +16,6 @@ from pathlib import Path
 
 from cachefs.errors import ConfigError
 
-# A node that runs Kubernetes evicts pods when its image file system has less than 15% free (kubelet's default
-# hard eviction threshold imagefs.available), so the cache stops well before: 20% stay free.
-DEFAULT_MIN_FREE = "20%"
-
 # A fetcher started on demand outlives its last client by this long, so that the next job finds it warm.
 DEFAULT_IDLE_SECONDS = 60.0
 
@@ -85,6 +81,11 @@ class Floor:
         return f"{self.share * 100:g}%" if self.share else str(self.bytes)
 
 
+# A node that runs Kubernetes evicts pods when its image file system has less than 15% free (kubelet's default
+# hard eviction threshold imagefs.available), so the cache stops well before: 20% stay free.
+DEFAULT_MIN_FREE = Floor(share=0.20)
+
+
 @dataclass(frozen=True)
 class CacheConfig:
     """Where a cache is and how large it may grow. Equal configurations mean the same cache.
@@ -97,7 +98,7 @@ class CacheConfig:
 
     dirs: tuple[Path, ...]
     size: int | None = None
-    min_free: Floor = Floor.parse(DEFAULT_MIN_FREE)
+    min_free: Floor = DEFAULT_MIN_FREE
     idle: float = DEFAULT_IDLE_SECONDS
     deadline: float = DEFAULT_DEADLINE_SECONDS
     fetcher: str = "auto"

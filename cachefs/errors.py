@@ -14,7 +14,7 @@ import errno
 class CacheFSError(Exception):
     """Base of every error of cachefs. `errno` is what the mount answers for it (see errno(3))."""
 
-    errno: int = errno.EIO
+    errno: int | None = errno.EIO
 
     def __init__(self, message: str, *, path: str | None = None) -> None:
         super().__init__(message)

@@ -55,6 +55,7 @@ class Attach(Request, frozen=True, tag=True, kw_only=True):
 
     redacted: the secrets were left out (a pickle from another process); the fetcher then needs to know this
     origin already, or to find credentials in `environ`. root: the dataset root; "" = everything at the origin.
+    snapshot: the one the reader serves ("" = the dataset's current one).
     """
 
     protocol: str
@@ -62,12 +63,14 @@ class Attach(Request, frozen=True, tag=True, kw_only=True):
     environ: dict[str, str]
     redacted: bool = False
     root: str = ""
+    snapshot: str = ""
 
 
 class Need(Request, frozen=True, tag=True, kw_only=True):
     """Make bytes [offset, offset+length) of an object readable. length None = the whole object.
 
-    version "" = whatever this dataset's snapshot says (its catalog, or the version first seen).
+    version "" = whatever this dataset's snapshot says (its catalog, or the version first seen). size: of that
+    version where the reader knows it, else -1.
     descriptor: answer with a descriptor even where a path would do (the reader lost the path to eviction).
     damaged: the reader found the stored bytes wrong; check them before answering.
     """
@@ -75,6 +78,7 @@ class Need(Request, frozen=True, tag=True, kw_only=True):
     attachment: int
     path: str
     version: str = ""
+    size: int = -1
     offset: int = 0
     length: int | None = None
     descriptor: bool = False
@@ -227,19 +231,7 @@ class Failed(Reply, frozen=True, tag=True, kw_only=True):
 
 
 AnyRequest = (
-    Hello
-    | Attach
-    | Need
-    | Info
-    | List
-    | MakeCatalog
-    | Refresh
-    | Warm
-    | Evict
-    | Verify
-    | Status
-    | Cancel
-    | Shutdown
+    Hello | Attach | Need | Info | List | MakeCatalog | Refresh | Warm | Evict | Verify | Status | Cancel | Shutdown
 )
 AnyReply = Welcome | Attached | Ready | Found | Page | Progress | Catalogued | Done | Report | Failed
 

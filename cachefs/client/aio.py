@@ -1,0 +1,282 @@
+"""The connection for an event loop: one socket, any number of requests in flight on it.
+
+Used by mount workers and by the async face of the file system. Packets are read when the loop says so and handed
+to the future of their request; a request whose fetcher died is sent again to the next. Cancelling a request
+tells the fetcher that nobody waits any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from typing import TypeVar
+
+import msgspec
+
+from cachefs.client.launch import connect
+from cachefs.client.located import Located, open_ready
+from cachefs.client.session import FIRST_ID, RETRY_FIRST, RETRY_LAST, LostFetcher, Session, expect
+from cachefs.client.socket import receive, send
+from cachefs.config import CacheConfig
+from cachefs.errors import FetcherError, FetcherTimeout
+from cachefs.messages import (
+    Attached,
+    Cancel,
+    Entry,
+    Found,
+    Info,
+    List,
+    Need,
+    Page,
+    Progress,
+    Ready,
+    Reply,
+    Request,
+    Welcome,
+    decode_reply,
+    encode,
+)
+
+R = TypeVar("R", bound=Reply)
+_Answer = tuple[Reply, list[int]]
+
+
+class _Line:
+    """A socket on a loop: what is still to be sent, and who waits for what."""
+
+    def __init__(self, sock: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
+        self.sock = sock
+        self.loop = loop
+        self.waiting: dict[int, asyncio.Queue[_Answer | None]] = {}
+        self.unsent: deque[bytes] = deque()
+        self.next_id = FIRST_ID
+        self.alive = True
+        self.attached: Attached | None = None
+        sock.setblocking(False)
+        loop.add_reader(sock.fileno(), self._readable)
+
+    def send(self, request: Request) -> None:
+        if not self.alive:
+            raise LostFetcher("the connection is closed")
+        self.unsent.append(encode(request))
+        if len(self.unsent) == 1:
+            self._flush()
+
+    def _flush(self) -> None:
+        while self.unsent:
+            try:
+                send(self.sock, self.unsent[0])
+            except BlockingIOError:
+                self.loop.add_writer(self.sock.fileno(), self._flush)
+                return
+            except OSError:
+                self.close()
+                return
+            self.unsent.popleft()
+        self.loop.remove_writer(self.sock.fileno())
+
+    def _readable(self) -> None:
+        # A bounded number per turn, so that a burst of replies does not starve the loop's other work.
+        for _ in range(64):
+            try:
+                data, descriptors = receive(self.sock)
+            except BlockingIOError:
+                return
+            except (OSError, FetcherError):
+                data, descriptors = b"", []
+            if not data:
+                self.close()
+                return
+            try:
+                reply = decode_reply(data)
+            except msgspec.MsgspecError:
+                self.close()
+                return
+            queue = self.waiting.get(reply.id)
+            if queue is not None:
+                queue.put_nowait((reply, descriptors))
+            else:
+                for fd in descriptors:  # the answer to a request that was cancelled
+                    os.close(fd)
+
+    def close(self) -> None:
+        if not self.alive:
+            return
+        self.alive = False
+        self.loop.remove_reader(self.sock.fileno())
+        self.loop.remove_writer(self.sock.fileno())
+        self.sock.close()
+        for queue in self.waiting.values():
+            queue.put_nowait(None)
+
+
+class AsyncConnection:
+    """Async access to the fetcher of `config` for one dataset. Belongs to the loop it is first used on.
+
+    Methods raise the errors of cachefs.errors, FetcherTimeout after config.deadline seconds.
+    """
+
+    def __init__(self, config: CacheConfig, session: Session) -> None:
+        self.config = config
+        self.session = session
+        self._current: _Line | None = None
+        self._dialing: asyncio.Lock | None = None
+
+    async def attach(self) -> Attached:
+        """Dataset and snapshot of this connection."""
+        attached = (await self._line()).attached
+        assert attached is not None
+        return attached
+
+    async def need(
+        self,
+        path: str,
+        *,
+        version: str = "",
+        size: int = -1,
+        offset: int = 0,
+        length: int | None = None,
+        damaged: bool = False,
+        descriptor: bool = False,
+    ) -> Located:
+        """Bytes [offset, offset+length) of an object, ready to read. The caller closes `.fd`."""
+        while True:
+            ready, descriptors = await self._call(
+                lambda attachment, id, descriptor=descriptor: Need(  # type: ignore[misc]
+                    id=id,
+                    attachment=attachment,
+                    path=path,
+                    version=version,
+                    size=size,
+                    offset=offset,
+                    length=length,
+                    descriptor=descriptor,
+                    damaged=damaged,
+                ),
+                Ready,
+            )
+            located = open_ready(ready, descriptors)
+            if located is not None:
+                return located
+            descriptor = True  # evicted before we opened it: a descriptor cannot be taken away
+
+    async def info(self, path: str) -> Entry:
+        return (await self._call(lambda a, i: Info(id=i, attachment=a, path=path), Found))[0].entry
+
+    async def entries(self, path: str, *, recursive: bool = False) -> AsyncIterator[list[Entry]]:
+        """Entries below `path`, page by page. Raises FetcherError when the fetcher ends meanwhile."""
+        line = await self._line()
+        id, queue = self._open(line)
+        try:
+            line.send(List(id=id, attachment=_attachment(line), path=path, recursive=recursive))
+            more = True
+            while more:
+                page = expect((await self._next(queue))[0], Page)
+                yield page.entries
+                more = page.more
+        except LostFetcher as error:
+            raise FetcherError("the fetcher ended in the middle of a listing; list again") from error
+        finally:
+            self._close_request(line, id)
+
+    async def close(self) -> None:
+        if self._current is not None:
+            self._current.close()
+            self._current = None
+
+    # --- how they travel ---
+
+    async def _call(self, make: Callable[[int, int], Request], expected: type[R]) -> tuple[R, list[int]]:
+        deadline = time.monotonic() + self.config.deadline
+        pause = RETRY_FIRST
+        while True:
+            try:
+                line = await self._line()
+                reply, descriptors = await self._exchange(line, make)
+                return expect(reply, expected), descriptors
+            except LostFetcher as error:
+                if time.monotonic() + pause > deadline:
+                    home = self.config.home
+                    raise FetcherError(f"{home}: its fetcher dies again and again; see run/fetcher.log") from error
+                await asyncio.sleep(pause)
+                pause = min(RETRY_LAST, pause * 2)
+
+    async def _exchange(self, line: _Line, make: Callable[[int, int], Request]) -> _Answer:
+        id, queue = self._open(line)
+        answered = False
+        try:
+            line.send(make(_attachment(line), id))
+            while True:
+                reply, descriptors = await self._next(queue)
+                if not isinstance(reply, Progress):
+                    answered = True
+                    return reply, descriptors
+        finally:
+            if not answered and line.alive:
+                line.send(Cancel(id=0, target=id))
+            self._close_request(line, id)
+
+    def _open(self, line: _Line) -> tuple[int, asyncio.Queue[_Answer | None]]:
+        id = line.next_id
+        line.next_id += 1
+        queue = line.waiting[id] = asyncio.Queue()
+        return id, queue
+
+    def _close_request(self, line: _Line, id: int) -> None:
+        queue = line.waiting.pop(id)
+        while not queue.empty():  # replies that arrived as we were cancelled may hold descriptors
+            answer = queue.get_nowait()
+            for fd in answer[1] if answer else ():
+                os.close(fd)
+
+    async def _next(self, queue: asyncio.Queue[_Answer | None]) -> _Answer:
+        try:
+            async with asyncio.timeout(self.config.deadline):
+                answer = await queue.get()
+        except TimeoutError:
+            raise FetcherTimeout(
+                f"no answer from the fetcher in {self.config.deadline:g} s; see {self.config.home}/run/fetcher.log"
+            ) from None
+        if answer is None:
+            raise LostFetcher("the fetcher closed the connection")
+        return answer
+
+    async def _line(self) -> _Line:
+        line = self._current
+        if line is not None and line.alive:
+            return line
+        if self._dialing is None:
+            self._dialing = asyncio.Lock()
+        async with self._dialing:
+            if self._current is not None and self._current.alive:
+                return self._current
+            deadline = time.monotonic() + self.config.deadline
+            # Starting a fetcher blocks, so it happens in a thread; the loop goes on serving other reads.
+            sock = await asyncio.to_thread(connect, self.config, deadline)
+            line = _Line(sock, asyncio.get_running_loop())
+            try:
+                await self._greet(line)
+            except BaseException:
+                line.close()
+                raise
+            self._current = line
+            return line
+
+    async def _greet(self, line: _Line) -> None:
+        welcome: asyncio.Queue[_Answer | None] = asyncio.Queue()
+        attached: asyncio.Queue[_Answer | None] = asyncio.Queue()
+        line.waiting.update({1: welcome, 2: attached})
+        line.send(self.session.hello())
+        line.send(self.session.attach())
+        expect((await self._next(welcome))[0], Welcome)
+        line.attached = expect((await self._next(attached))[0], Attached)
+        del line.waiting[1], line.waiting[2]
+
+
+def _attachment(line: _Line) -> int:
+    assert line.attached is not None
+    return line.attached.attachment

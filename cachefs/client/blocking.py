@@ -1,0 +1,291 @@
+"""The connection for threads: each thread of each process has a socket of its own, so nothing is shared.
+
+That makes it safe after fork (a child finds no socket under its pid and dials) and needs no lock that a fork
+could copy while held (fsspec's loop lock is such a trap). A request whose fetcher died is sent again to the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import msgspec
+
+from cachefs.client.launch import connect
+from cachefs.client.located import Located, open_ready
+from cachefs.client.session import (
+    FIRST_ID,
+    RETRY_FIRST,
+    RETRY_LAST,
+    LostFetcher,
+    Session,
+    expect,
+)
+from cachefs.client.socket import receive, send
+from cachefs.config import CacheConfig
+from cachefs.errors import FetcherError, FetcherTimeout
+from cachefs.messages import (
+    Attached,
+    Catalogued,
+    Done,
+    Entry,
+    Evict,
+    Found,
+    Info,
+    List,
+    MakeCatalog,
+    Need,
+    Page,
+    Progress,
+    Ready,
+    Refresh,
+    Reply,
+    Report,
+    Request,
+    Shutdown,
+    Status,
+    Verify,
+    Warm,
+    Welcome,
+    decode_reply,
+    encode,
+)
+
+R = TypeVar("R", bound=Reply)
+OnProgress = Callable[[Progress], None]
+
+
+class _Line:
+    """One thread's socket and where it is in its numbering."""
+
+    __slots__ = ("attached", "next_id", "sock")
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.next_id = FIRST_ID
+        self.attached: Attached | None = None
+
+
+class Connection:
+    """Blocking access to the fetcher of `config` for one dataset (or for the cache itself: session None).
+
+    Every method raises the errors of cachefs.errors: what the fetcher met, FetcherError when none can be
+    reached, FetcherTimeout after config.deadline seconds without a sign of life.
+    """
+
+    def __init__(self, config: CacheConfig, session: Session | None) -> None:
+        self.config = config
+        self.session = session
+        self._lines = threading.local()
+
+    def __repr__(self) -> str:
+        return f"Connection({str(self.config.home)!r}, {self.session!r})"
+
+    # --- requests ---
+
+    def attach(self) -> Attached:
+        """Dataset and snapshot of this connection."""
+        return self._attached(self._line(self._deadline()))
+
+    def need(
+        self,
+        path: str,
+        *,
+        version: str = "",
+        size: int = -1,
+        offset: int = 0,
+        length: int | None = None,
+        damaged: bool = False,
+    ) -> Located:
+        """Bytes [offset, offset+length) of an object, ready to read. The caller closes `.fd`."""
+        descriptor = False
+        while True:
+
+            def request(attached: Attached, id: int, descriptor: bool = descriptor) -> Request:
+                return Need(
+                    id=id,
+                    attachment=attached.attachment,
+                    path=path,
+                    version=version,
+                    size=size,
+                    offset=offset,
+                    length=length,
+                    descriptor=descriptor,
+                    damaged=damaged,
+                )
+
+            ready, descriptors = self._call(request, Ready)
+            located = open_ready(ready, descriptors)
+            if located is not None:
+                return located
+            descriptor = True  # evicted before we opened it: a descriptor cannot be taken away
+
+    def info(self, path: str) -> Entry:
+        return self._call(lambda a, i: Info(id=i, attachment=a.attachment, path=path), Found)[0].entry
+
+    def entries(self, path: str, *, recursive: bool = False) -> Iterator[Entry]:
+        """Entries below `path`, as they come. Not sent again once the first page has been handed out."""
+        line = self._line(self._deadline())
+        attached = self._attached(line)
+        request = List(id=line.next_id, attachment=attached.attachment, path=path, recursive=recursive)
+        line.next_id += 1
+        more = True  # also when the first reply is an error: then nothing more comes
+        try:
+            self._send(line, request)
+            while more:
+                page = expect(self._receive(line, request.id, None)[0], Page)
+                yield from page.entries
+                more = page.more
+        except LostFetcher as error:
+            raise _lost_in_listing(error) from error
+        finally:
+            if more:
+                self._hang_up()  # pages still to come would be taken for the answer to something else
+
+    def make_catalog(self, *, refresh: bool = False, progress: OnProgress | None = None) -> Catalogued:
+        return self._call(
+            lambda a, i: MakeCatalog(id=i, attachment=a.attachment, refresh=refresh), Catalogued, progress
+        )[0]
+
+    def refresh(self) -> Done:
+        return self._call(lambda a, i: Refresh(id=i, attachment=a.attachment), Done)[0]
+
+    def warm(self, paths: list[str] | None = None, *, progress: OnProgress | None = None) -> Done:
+        return self._call(lambda a, i: Warm(id=i, attachment=a.attachment, paths=paths), Done, progress)[0]
+
+    def evict(self, path: str, *, progress: OnProgress | None = None) -> Done:
+        return self._call(lambda a, i: Evict(id=i, attachment=a.attachment, path=path), Done, progress)[0]
+
+    def verify(self, *, progress: OnProgress | None = None) -> Done:
+        return self._call(lambda _, i: Verify(id=i), Done, progress)[0]
+
+    def status(self) -> Report:
+        return self._call(lambda _, i: Status(id=i), Report)[0]
+
+    def shutdown(self) -> Done:
+        done = self._call(lambda _, i: Shutdown(id=i), Done)[0]
+        self._hang_up()
+        return done
+
+    def close(self) -> None:
+        """Close this thread's socket. Those of other threads close with their threads."""
+        self._hang_up()
+
+    # --- how they travel ---
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self.config.deadline
+
+    def _call(
+        self,
+        make: Callable[[Attached, int], Request],
+        expected: type[R],
+        progress: OnProgress | None = None,
+    ) -> tuple[R, list[int]]:
+        deadline = self._deadline()
+        pause = RETRY_FIRST
+        while True:
+            try:
+                return self._exchange(make, expected, progress, deadline)
+            except LostFetcher as error:
+                if time.monotonic() + pause > deadline:
+                    home = self.config.home
+                    raise FetcherError(f"{home}: its fetcher dies again and again; see run/fetcher.log") from error
+                time.sleep(pause)
+                pause = min(RETRY_LAST, pause * 2)
+
+    def _exchange(
+        self,
+        make: Callable[[Attached, int], Request],
+        expected: type[R],
+        progress: OnProgress | None,
+        deadline: float,
+    ) -> tuple[R, list[int]]:
+        answered = False
+        try:
+            line = self._line(deadline)
+            id = line.next_id
+            line.next_id += 1
+            self._send(line, make(self._attached(line), id))
+            reply, descriptors = self._receive(line, id, progress)
+            answered = True
+        finally:
+            if not answered:
+                self._hang_up()  # a late answer on this socket would be taken for the next request's
+        return expect(reply, expected), descriptors
+
+    def _line(self, deadline: float) -> _Line:
+        held: tuple[int, _Line] | None = getattr(self._lines, "held", None)
+        if held is not None and held[0] == os.getpid():
+            return held[1]
+        if held is not None:
+            self._lines.held = None  # the parent's socket: closing our copy does not disturb it
+            held[1].sock.close()
+        line = _Line(connect(self.config, deadline))
+        try:
+            self._greet(line)
+        except BaseException:
+            line.sock.close()
+            raise
+        self._lines.held = (os.getpid(), line)
+        return line
+
+    def _greet(self, line: _Line) -> None:
+        session = self.session or Session("", {}, {})
+        self._send(line, session.hello())
+        expect(self._receive(line, 1, None)[0], Welcome)
+        if self.session is not None:
+            self._send(line, session.attach())
+            line.attached = expect(self._receive(line, 2, None)[0], Attached)
+
+    def _attached(self, line: _Line) -> Attached:
+        return line.attached or Attached(id=0, attachment=0, dataset="", snapshot="")
+
+    def _send(self, line: _Line, request: Request) -> None:
+        line.sock.settimeout(self.config.deadline)
+        try:
+            send(line.sock, encode(request))
+        except TimeoutError:
+            raise FetcherTimeout("the fetcher takes no requests: is it stopped?") from None
+        except (ConnectionError, BrokenPipeError) as error:
+            raise LostFetcher(str(error)) from error
+
+    def _receive(self, line: _Line, id: int, progress: OnProgress | None) -> tuple[Reply, list[int]]:
+        while True:
+            line.sock.settimeout(self.config.deadline)
+            try:
+                data, descriptors = receive(line.sock)
+            except TimeoutError:
+                raise FetcherTimeout(
+                    f"no answer from the fetcher in {self.config.deadline:g} s; see {self.config.home}/run/fetcher.log"
+                ) from None
+            except ConnectionError as error:
+                raise LostFetcher(str(error)) from error
+            if not data:
+                raise LostFetcher("the fetcher closed the connection")
+            try:
+                reply = decode_reply(data)
+            except msgspec.MsgspecError as error:
+                raise FetcherError(f"cannot understand the fetcher ({error}): another version of cachefs?") from error
+            if reply.id == id and not isinstance(reply, Progress):
+                return reply, descriptors
+            for fd in descriptors:  # the answer to a request somebody gave up
+                os.close(fd)
+            if reply.id == id and isinstance(reply, Progress) and progress is not None:
+                progress(reply)
+
+    def _hang_up(self) -> None:
+        held: tuple[int, _Line] | None = getattr(self._lines, "held", None)
+        self._lines.held = None
+        if held is not None:
+            with contextlib.suppress(OSError):
+                held[1].sock.close()
+
+
+def _lost_in_listing(error: LostFetcher) -> FetcherError:
+    return FetcherError(f"the fetcher ended in the middle of a listing ({error}); list again")

@@ -1,0 +1,101 @@
+"""What a cache knows of each dataset: one small JSON file, written by the fetcher, read by every reader.
+
+A reader needs the dataset's snapshot to name its refs, and must get it without asking anybody: a hit costs no
+message. The file's mtime is the time of last use, which decides what is evicted first; readers set it now and
+then (`touch`), because hits never reach the fetcher.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cachefs.digest import dataset_id
+
+# How often one process marks a dataset as used. Eviction compares datasets by hours, so a minute is exact enough.
+TOUCH_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class DatasetRecord:
+    """identity and root: see ARCHITECTURE.md. snapshot: its id. catalog: file name below catalogs/<id>/, or ""."""
+
+    identity: str
+    root: str
+    snapshot: str = "g1"
+    catalog: str = ""
+    url: str = ""
+
+    @property
+    def id(self) -> str:
+        return dataset_id(self.identity, self.root)
+
+    def covers(self, path: str) -> bool:
+        return not self.root or path == self.root or path.startswith(self.root + "/")
+
+
+def _folder(home: Path) -> Path:
+    return home / "datasets"
+
+
+def catalog_file(home: Path, record: DatasetRecord) -> Path | None:
+    """Where the record's catalog is; None when it has none."""
+    return home / "catalogs" / record.id / record.catalog if record.catalog else None
+
+
+def load(home: Path, identity: str, root: str) -> DatasetRecord | None:
+    """The record of one dataset, None when the cache does not know it (or its file is damaged)."""
+    return _read(_folder(home) / f"{dataset_id(identity, root)}.json")
+
+
+def load_all(home: Path) -> Iterator[DatasetRecord]:
+    """Every record of the cache, in no order."""
+    try:
+        names = sorted(os.listdir(_folder(home)))
+    except FileNotFoundError:
+        return
+    for name in names:
+        if name.endswith(".json") and (record := _read(_folder(home) / name)):
+            yield record
+
+
+def _read(file: Path) -> DatasetRecord | None:
+    try:
+        raw = json.loads(file.read_bytes())
+        record = DatasetRecord(**{k: str(raw[k]) for k in ("identity", "root", "snapshot", "catalog", "url")})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # a lost record costs a listing, never a wrong answer: its refs cannot be named without it
+    return record if file.name == f"{record.id}.json" else None
+
+
+def save(home: Path, record: DatasetRecord) -> None:
+    """Write the record, complete or not at all. Only the fetcher calls this."""
+    folder = _folder(home)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    temporary = folder / f".{record.id}.{os.getpid()}"
+    temporary.write_text(json.dumps(asdict(record)))
+    os.replace(temporary, folder / f"{record.id}.json")
+
+
+def remove(home: Path, record: DatasetRecord) -> None:
+    (_folder(home) / f"{record.id}.json").unlink(missing_ok=True)
+
+
+def last_use(home: Path, dataset: str) -> float:
+    """Seconds since the epoch of the dataset's last use; 0.0 when unknown, which makes it the first to go."""
+    try:
+        return os.stat(_folder(home) / f"{dataset}.json").st_mtime
+    except OSError:
+        return 0.0
+
+
+def touch(home: Path, dataset: str) -> None:
+    """Mark the dataset as used now. Best effort: a cache that cannot be written is still read from."""
+    try:
+        os.utime(_folder(home) / f"{dataset}.json", (time.time(), time.time()))
+    except OSError:
+        return
