@@ -1,0 +1,184 @@
+"""Which content is which version of which object: what lets a fetch be avoided.
+
+diskcache keeps it, in the cache's home. Only this process writes, in batches; a lost batch or a lost index costs
+fetches, never correctness, because what is served is found through refs and checked by digest.
+
+diskcache's default Disk pickles (CVE-2025-69872); RawDisk stores and returns bytes only and refuses the rest.
+Policy "none" and cull_limit=0: what is dropped is decided by residency, not by diskcache.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+from diskcache import UNKNOWN, Cache, Disk
+
+log = logging.getLogger("cachefs.index")
+
+# Never reached: diskcache's size_limit counts its own database, and culling is off. Its default is 1 GiB.
+_SIZE_LIMIT = 1 << 50
+_MODE_RAW = 1
+
+# Records per transaction. One transaction costs about as much as 100 inserts, so larger batches gain little,
+# and what a kill -9 loses is at most this many records (each costs one look at the ref, or one fetch).
+BATCH = 256
+
+
+class RawDisk(Disk):  # type: ignore[misc]  # diskcache is untyped
+    """Keys and values are bytes, stored inline. Nothing is ever pickled or unpickled."""
+
+    def put(self, key: bytes) -> tuple[Any, bool]:
+        return sqlite3.Binary(key), True
+
+    def get(self, key: Any, raw: bool) -> bytes:
+        return bytes(key)
+
+    def store(self, value: bytes, read: bool, key: Any = UNKNOWN) -> tuple[int, int, None, Any]:
+        if not isinstance(value, bytes):
+            raise TypeError("the index stores bytes only")
+        return 0, _MODE_RAW, None, sqlite3.Binary(value)
+
+    def fetch(self, mode: int, filename: str | None, value: Any, read: bool) -> bytes:
+        if mode != _MODE_RAW or filename is not None:
+            raise sqlite3.DatabaseError("the index holds a record that cachefs did not write")
+        return bytes(value)
+
+
+class Known(msgspec.Struct, frozen=True, array_like=True):
+    """One version of one object that is, or was, stored. key: 16 bytes. size: bytes."""
+
+    key: bytes
+    size: int
+    mtime_ns: int
+    version: str
+    path: str
+    dataset: str
+
+
+class Seen(NamedTuple):
+    """The version of an object that a snapshot without a catalog serves."""
+
+    version: str
+    size: int
+    mtime_ns: int
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_known = msgspec.msgpack.Decoder(Known).decode
+_decode_seen = msgspec.msgpack.Decoder(tuple[str, int, int]).decode
+
+
+def _name(*parts: str) -> bytes:
+    return blake2b("\0".join(parts).encode("utf-8", "surrogateescape"), digest_size=16).digest()
+
+
+class Index:
+    """Reads see what was written before them, flushed or not. Not thread-safe: the fetcher's loop owns it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._unsaved: dict[bytes, bytes | None] = {}
+        self._cache = self._open()
+
+    def _open(self) -> Cache:
+        try:
+            return self._make()
+        except (sqlite3.DatabaseError, OSError) as error:
+            return self._rebuild(error)
+
+    def _make(self) -> Cache:
+        return Cache(
+            str(self._folder),
+            disk=RawDisk,
+            eviction_policy="none",
+            cull_limit=0,
+            size_limit=_SIZE_LIMIT,
+            statistics=False,
+        )
+
+    def _rebuild(self, error: Exception) -> Cache:
+        log.warning("%s: the index is damaged (%s); starting a new one, stored objects stay", self._folder, error)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        return self._make()
+
+    # --- versions ---
+
+    def known(self, identity: str, path: str, version: str) -> Known | None:
+        raw = self._get(b"v" + _name(identity, path, version))
+        return _decode_known(raw) if raw is not None else None
+
+    def learn(self, identity: str, known: Known) -> None:
+        self._set(b"v" + _name(identity, known.path, known.version), _encode(known))
+
+    def forget(self, identity: str, path: str, version: str) -> None:
+        self._set(b"v" + _name(identity, path, version), None)
+
+    def records(self) -> Iterator[Known]:
+        """Every version known, in no order, streaming."""
+        self.flush()
+        for name in self._cache.iterkeys():
+            if name[:1] == b"v" and (raw := self._get(name)) is not None:
+                yield _decode_known(raw)
+
+    # --- content that can be recognised before it is fetched ---
+
+    def same_content(self, hint: str, size: int) -> bytes | None:
+        """Content key of an object whose origin described its content by `hint` (an MD5, say) and `size`."""
+        return self._get(b"h" + _name(hint, str(size)))
+
+    def learn_content(self, hint: str, size: int, key: bytes) -> None:
+        self._set(b"h" + _name(hint, str(size)), key)
+
+    # --- snapshots without a catalog ---
+
+    def seen(self, dataset: str, snapshot: str, path: str) -> Seen | None:
+        raw = self._get(b"n" + _name(dataset, snapshot, path))
+        return Seen(*_decode_seen(raw)) if raw is not None else None
+
+    def see(self, dataset: str, snapshot: str, path: str, seen: Seen) -> None:
+        self._set(b"n" + _name(dataset, snapshot, path), _encode(tuple(seen)))
+
+    # --- storage ---
+
+    def _get(self, name: bytes) -> bytes | None:
+        if name in self._unsaved:
+            return self._unsaved[name]
+        try:
+            value = self._cache.get(name)
+        except sqlite3.DatabaseError as error:
+            self._cache = self._rebuild(error)
+            return None
+        return value if value is None else bytes(value)
+
+    def _set(self, name: bytes, value: bytes | None) -> None:
+        self._unsaved[name] = value
+        if len(self._unsaved) >= BATCH:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is pending, in one transaction. A failing disk costs the batch, with a log line."""
+        batch, self._unsaved = self._unsaved, {}
+        if not batch:
+            return
+        try:
+            with self._cache.transact(retry=True):
+                for name, value in batch.items():
+                    if value is None:
+                        self._cache.delete(name)
+                    else:
+                        self._cache.set(name, value)
+        except (sqlite3.OperationalError, OSError) as error:
+            log.warning("%s: %d records of the index could not be written (%s)", self._folder, len(batch), error)
+        except sqlite3.DatabaseError as error:
+            self._cache = self._rebuild(error)
+
+    def close(self) -> None:
+        self.flush()
+        self._cache.close()
