@@ -1,30 +1,81 @@
-# `make test` and `make demo` do their own set-up: a .venv here, and Debian packages through apt when root.
-PYTHON ?= python3
+# Everything from a fresh clone: each target installs what it needs into .venv, and says what it cannot get.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+
+# The Python to build .venv from: `make PYTHON=/opt/python/bin/python3 test`. The first of these that is new enough.
+PYTHON := python3 python3.14 python3.13 python3.12 python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
+ARGS :=
 
-.PHONY: help test check clean
-help:
-	@echo "make test   set up, check, run all tests"
-	@echo "make check  ruff (lint, format) and mypy --strict"
-	@echo "make clean  remove what the other targets made"
+help: ## what there is to make
+	@echo "make demo    the main job on this machine: S3 -> cache -> PyTorch, in about two minutes"
+	@echo "make test    check, then all tests"
+	@echo "make check   ruff (lint and format) and mypy, over everything"
+	@echo "make bench   the numbers: ratios to the local disk and to a bare S3 client"
+	@echo "make clean   remove what these made, .venv included"
+	@echo "ARGS=... is handed on: make demo ARGS='--images 200', make test ARGS='-k store'"
 
-$(VENV)/.ready: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "cachefs needs Python 3.11 or newer; $(PYTHON) is older or missing (set PYTHON=...)"; exit 1; }
-	@$(PYTHON) -c 'import ensurepip, venv' || { if [ "$$(id -u)" = 0 ]; then apt-get update -qq && apt-get install -y -qq python3-venv; else echo "missing: Debian package python3-venv"; exit 1; fi; }
-	@command -v fusermount3 >/dev/null || { if [ "$$(id -u)" = 0 ]; then apt-get update -qq && apt-get install -y -qq fuse3; else echo "missing: Debian package fuse3 (mounts without root need it)"; fi; }
-	@$(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV) ..."
-	@$(BIN)/pip install -q -e '.[test]'
-	@touch $@
+demo: $(VENV)/demo.stamp system
+	@$(BIN)/python -m cachefs_sidecar.demo $(ARGS)
 
-check: $(VENV)/.ready
+test: check system
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy cachefs sidecar/cachefs_sidecar tests
+	$(BIN)/mypy
 
-test: check
-	$(BIN)/pytest
+bench: $(VENV)/test.stamp system
+	$(BIN)/python -m bench $(ARGS)
 
 clean:
-	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks build dist
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# --- the machine -------------------------------------------------------------------------------------------
+
+# Programs of Debian packages that pip cannot bring: mounting without root, and a test's independent reader.
+# Their absence stops nothing: the demonstration leaves the mount out, tests are skipped, each saying why.
+system:
+	@missing=""; \
+	command -v fusermount3 >/dev/null || missing="$$missing fuse3"; \
+	command -v rsync >/dev/null || missing="$$missing rsync"; \
+	test -z "$$missing" || $(call apt_install,$$missing) || \
+	  echo "cachefs: without the Debian packages$$missing some parts are left out; to have them: sudo apt-get install$$missing" >&2
+
+# Installs packages when it may; false when it may not or cannot. apt's own words appear only when it fails.
+define apt_install
+{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && log="$$(mktemp)" && \
+  { { apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -qy --no-install-recommends install $(1); } \
+    >"$$log" 2>&1 || { tail -n 5 "$$log" >&2; rm -f "$$log"; false; }; } && rm -f "$$log"; }
+endef
+
+# --- the Python environment --------------------------------------------------------------------------------
+
+$(VENV)/created:
+	@python=""; \
+	for candidate in $(PYTHON); do \
+	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python="$$candidate"; break; fi; \
+	done; \
+	test -n "$$python" || { echo "cachefs: Python 3.11 or newer is missing; on Debian 12, Ubuntu 24.04 or newer: sudo apt-get install python3" >&2; exit 1; }; \
+	version="$$("$$python" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')"; \
+	"$$python" -c 'import venv, ensurepip' 2>/dev/null || $(call apt_install,"$$version-venv") || \
+	  { echo "cachefs: Python's venv module is missing; to have it: sudo apt-get install $$version-venv" >&2; exit 1; }; \
+	"$$python" -m venv $(VENV); \
+	touch $@
+
+# One stamp for each set of extras, made again when the project asks for something else. Sources need no reinstall.
+$(VENV)/%.stamp: pyproject.toml | $(VENV)/created
+	@echo "cachefs: installing what 'make $*' needs into $(VENV) (some minutes the first time)"
+	@$(PIP) install --editable '.[$*]' || \
+	  { echo "cachefs: pip could not install the packages above; is a package registry reachable?" >&2; exit 1; }
+	@touch $@
+
+.PHONY: help demo test check bench clean system
+.SECONDARY:

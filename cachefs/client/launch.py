@@ -130,4 +130,6 @@ def _wait(starter: subprocess.Popen[bytes], settings: bytes, ready: int, deadlin
             return answer
         complaint = starter.stderr.read().decode(errors="replace").strip().splitlines()
     starter.wait()
-    raise FetcherError("the fetcher ended while it started: " + (complaint[-1] if complaint else "no output"))
+    if complaint:
+        raise FetcherError(f"the fetcher ended while it started: {complaint[-1]}")
+    return b""  # killed, without a word of its own: whoever needs it tries again, up to the deadline

@@ -1,0 +1,102 @@
+"""Which origin and which dataset a reader means, and who is in use.
+
+Readers attach with an origin's options (which may hold credentials: they stay in this process's memory). Equal
+options share one origin client. A reader whose credentials were left out (it was unpickled in another process)
+is given the client of the same origin that somebody attached with credentials.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cachefs import datasets
+from cachefs.catalog import Catalog
+from cachefs.datasets import DatasetRecord
+from cachefs.errors import CatalogError
+from cachefs.messages import Attach
+from cachefs.origin import Origin, OriginSpec, open_origin
+
+log = logging.getLogger("cachefs.fetcher")
+
+
+@dataclass
+class Attachment:
+    """One reader's dataset. snapshot: the one it serves, which may be older than the record's."""
+
+    origin: Origin
+    record: DatasetRecord
+    snapshot: str
+    _catalog: Catalog | None = field(default=None, repr=False)
+
+    @property
+    def dataset(self) -> str:
+        return self.record.id
+
+    @property
+    def identity(self) -> str:
+        return self.record.identity
+
+    def catalog(self, home: Path) -> Catalog | None:
+        """The catalog of this attachment's snapshot, opened once; None when it has none (or lost it)."""
+        if self._catalog is None and not self.snapshot.startswith("g"):
+            file = home / "catalogs" / self.dataset / f"{self.snapshot}.sqlite"
+            try:
+                self._catalog = Catalog.open(file)
+            except (CatalogError, OSError) as error:
+                log.warning("%s: cannot be used (%s); versions are taken as first seen", file, error)
+                self.snapshot = "g-lost"
+        return self._catalog
+
+    def close(self) -> None:
+        if self._catalog is not None:
+            self._catalog.close()
+            self._catalog = None
+
+
+class Attachments:
+    """Every attachment of every connection."""
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+        self._origins: dict[str, Origin] = {}
+        self._in_use: Counter[str] = Counter()
+
+    def attach(self, request: Attach) -> Attachment:
+        """Raises UnsupportedOrigin, ConfigError, OriginAccessDenied (credentials were left out and none known)."""
+        spec = OriginSpec(request.protocol, request.options, request.environ)
+        origin = self._origin(spec, request.redacted)
+        record = datasets.load(self._home, origin.identity, request.root)
+        if record is None:
+            record = DatasetRecord(origin.identity, request.root)
+            datasets.save(self._home, record)
+        datasets.touch(self._home, record.id)
+        self._in_use[record.id] += 1
+        return Attachment(origin, record, request.snapshot or record.snapshot)
+
+    def detach(self, attachment: Attachment) -> None:
+        attachment.close()
+        datasets.touch(self._home, attachment.dataset)
+        self._in_use[attachment.dataset] -= 1
+
+    def in_use(self, dataset: str) -> bool:
+        return self._in_use[dataset] > 0
+
+    def origins(self) -> list[Origin]:
+        return list(self._origins.values())
+
+    def _origin(self, spec: OriginSpec, redacted: bool) -> Origin:
+        key = spec.fingerprint()
+        if redacted:
+            for origin in self._origins.values():
+                if origin.identity == spec.identity:
+                    return origin
+        if key not in self._origins:
+            self._origins[key] = open_origin(spec)
+        return self._origins[key]
+
+    async def close(self) -> None:
+        for origin in self._origins.values():
+            await origin.aclose()

@@ -1,0 +1,221 @@
+"""Objects larger than one block: fetched block by block, the asked block first, each block once.
+
+Blocks land in a sparse file (a `Part` of the store) in any order. A reader that goes on where it left off is
+sequential, and the next blocks are fetched before it asks; a random reader causes no read-ahead. When the last
+block is there, the object becomes a blob like any other. Blocks that cannot be stored pass through memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from cachefs.digest import BLOCK_SIZE, block_count, block_range, version_ref
+from cachefs.errors import CacheError, CacheFSError, CacheFull
+from cachefs.fetcher.attachments import Attachment
+from cachefs.fetcher.flights import Flights
+from cachefs.fetcher.index import Known
+from cachefs.fetcher.lanes import AHEAD, FOREGROUND
+from cachefs.fetcher.objects import Objects, Stored
+from cachefs.fetcher.transit import Transit, memory_file
+from cachefs.messages import Entry, Need
+from cachefs.store import Part
+
+log = logging.getLogger("cachefs.fetcher")
+
+# Where bytes are: a whole blob, a block in transit, or (file, start, stop, size, version) of an incomplete object.
+Place = Stored | Transit | tuple[str, int, int, int, str]
+
+# Read-ahead of a sequential reader, in blocks: 32 MiB hides 50 ms of latency at 5 Gbit/s.
+AHEAD_BLOCKS = 4
+
+# Blocks of one object in flight at once when all of it is asked for: the same bound as read-ahead and its block.
+WHOLE_BLOCKS = 8
+
+# Incomplete objects whose map stays in memory: a map of 1 GiB has 128 entries.
+OPEN_PARTS = 256
+
+
+@dataclass
+class _Object:
+    """An object while its blocks come in. last: the block a reader asked for last, to see sequential readers."""
+
+    part: Part | None
+    entry: Entry
+    last: int = -2
+    ahead: set[asyncio.Task[object]] = field(default_factory=set)
+
+
+class LargeObjects:
+    """Blocks of large objects. One per fetcher."""
+
+    def __init__(self, objects: Objects) -> None:
+        self._objects = objects
+        self._room = objects.room
+        self._open: OrderedDict[str, _Object] = OrderedDict()
+        self._flights: Flights[Transit | None] = Flights()
+        self._finishing: Flights[Stored | None] = Flights()
+
+    async def need(self, attachment: Attachment, request: Need, entry: Entry) -> Place:
+        """Bytes [offset, offset+length) readable: the whole blob, a block in transit, or a part."""
+        name = self._name(attachment, entry)
+        subject = self._subject(name, entry)
+        if request.length is None:
+            return await self._whole(attachment, request, subject, name)
+        first = min(request.offset, entry.size - 1) // BLOCK_SIZE
+        last = max(request.offset, min(entry.size, request.offset + request.length) - 1) // BLOCK_SIZE
+        sequential = first in (subject.last, subject.last + 1) and first > 0
+        subject.last = last
+        passing = await self._blocks(attachment, subject, name, range(first, last + 1), FOREGROUND)
+        if sequential:
+            self._read_ahead(attachment, subject, name, last + 1)
+        if passing is not None:
+            return passing
+        assert subject.part is not None
+        if subject.part.complete and (stored := await self._finish(attachment, request, subject, name)):
+            return stored
+        start, stop = subject.part.run(*_span(first, last, entry.size))
+        return str(subject.part.path), start, stop, entry.size, entry.version
+
+    async def _whole(self, attachment: Attachment, request: Need, subject: _Object, name: str) -> Place:
+        count = block_count(subject.entry.size)
+        for start in range(0, count, WHOLE_BLOCKS):
+            blocks = range(start, min(count, start + WHOLE_BLOCKS))
+            if await self._blocks(attachment, subject, name, blocks, FOREGROUND) is not None:
+                raise CacheFull(
+                    f"{subject.entry.path}: {subject.entry.size} bytes do not fit into the cache as a whole; "
+                    "read it in pieces, or give the cache more room (cache_size, --size)",
+                    path=subject.entry.path,
+                )
+        stored = await self._finish(attachment, request, subject, name)
+        if stored is None:
+            raise CacheError(f"{subject.entry.path}: could not be completed on disk; see the fetcher's log")
+        return stored
+
+    def _name(self, attachment: Attachment, entry: Entry) -> str:
+        return version_ref(f"{attachment.identity}\0{entry.path}", entry.version)
+
+    def _subject(self, name: str, entry: Entry) -> _Object:
+        subject = self._open.get(name)
+        if subject is None:
+            try:
+                part = self._room.store.part(name, entry.size)
+            except CacheError as error:
+                log.warning("%s: cannot be stored by block (%s); it streams through", entry.path, error)
+                part = None
+            subject = self._open[name] = _Object(part, entry)
+            while len(self._open) > OPEN_PARTS:
+                self._open.popitem(last=False)
+        self._open.move_to_end(name)
+        return subject
+
+    async def _blocks(
+        self, attachment: Attachment, subject: _Object, name: str, blocks: range, priority: int
+    ) -> Transit | None:
+        """Fetch what is missing of `blocks`. The first that could not be stored comes back in transit."""
+        missing = [b for b in blocks if not await self._present(subject, b)]
+        if not missing:
+            return None
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(
+                    self._flights.join((name, b), lambda b=b: self._block(attachment, subject, b, priority))  # type: ignore[misc]
+                )
+                for b in missing
+            ]
+        return next((t.result() for t in tasks if t.result() is not None), None)
+
+    async def _present(self, subject: _Object, block: int) -> bool:
+        part = subject.part
+        return part is not None and part.present(block) and await asyncio.to_thread(part.checked, block)
+
+    async def _block(self, attachment: Attachment, subject: _Object, block: int, priority: int) -> Transit | None:
+        entry = subject.entry
+        start, stop = block_range(block, entry.size)
+        key = (attachment.identity, entry.path, entry.version, block)
+        if (passing := self._room.transit.get(key)) is not None:
+            return passing
+        counters = self._room.counters
+        async with self._room.lanes.lane(priority):
+            counters.origin_requests += 1
+            try:
+                data = await attachment.origin.get_range(entry.path, start, stop, version=entry.version)
+            except CacheFSError:
+                counters.origin_errors += 1
+                raise
+        counters.origin_bytes += len(data)
+        if subject.part is not None and await self._store(attachment, subject.part, block, data):
+            return None
+        transit = Transit(memory_file(data), start, stop, entry.size, entry.version, entry.mtime_ns)
+        self._room.transit.put(key, transit)
+        counters.streamed += 1
+        return transit
+
+    async def _store(self, attachment: Attachment, part: Part, block: int, data: bytes) -> bool:
+        try:
+            reserved = await self._objects.reserve(len(data), attachment.dataset)
+        except CacheFull:
+            return False
+        try:
+            await asyncio.to_thread(part.write, block, data)
+        except CacheError as error:
+            self._room.counters.store_errors += 1
+            self._room.capacity.cancel(reserved)
+            log.warning("a block cannot be stored (%s); it streams through", error)
+            return False
+        except BaseException:
+            self._room.capacity.cancel(reserved)
+            raise
+        self._room.capacity.commit(reserved)
+        return True
+
+    def _read_ahead(self, attachment: Attachment, subject: _Object, name: str, start: int) -> None:
+        """Fetch the next blocks; owned by the object, cancelled at shutdown, errors left to whoever needs them."""
+        if subject.part is None or subject.ahead:
+            return
+        blocks = range(start, min(block_count(subject.entry.size), start + AHEAD_BLOCKS))
+        if not blocks:
+            return
+        task: asyncio.Task[object] = asyncio.create_task(self._blocks(attachment, subject, name, blocks, AHEAD))
+        subject.ahead.add(task)
+
+        def ended(task: asyncio.Task[object]) -> None:
+            subject.ahead.discard(task)
+            if not task.cancelled() and (error := task.exception()) is not None:
+                log.info("%s: read-ahead failed (%s); whoever reads there will try again", subject.entry.path, error)
+
+        task.add_done_callback(ended)
+
+    async def _finish(self, attachment: Attachment, request: Need, subject: _Object, name: str) -> Stored | None:
+        """Turn the complete part into a blob, once, and link it where this reader looks."""
+        stored = await self._finishing.join(name, lambda: self._publish(attachment, request, subject, name))
+        if stored is not None:
+            await asyncio.to_thread(self._room.store.link, stored.key, self._objects.refs(attachment, request))
+        return stored
+
+    async def _publish(self, attachment: Attachment, request: Need, subject: _Object, name: str) -> Stored | None:
+        entry = subject.entry
+        assert subject.part is not None
+        try:
+            key = await asyncio.to_thread(subject.part.finish, self._objects.refs(attachment, request))
+        except CacheError as error:
+            log.warning("%s: cannot be completed (%s)", entry.path, error)
+            return None
+        self._open.pop(name, None)
+        known = Known(key, entry.size, entry.mtime_ns, entry.version, entry.path, attachment.dataset)
+        self._room.index.learn(attachment.identity, known)
+        return Stored(key, entry.size, entry.version, entry.mtime_ns)
+
+    async def close(self) -> None:
+        ahead = [task for subject in self._open.values() for task in subject.ahead]
+        for task in ahead:
+            task.cancel()
+        await asyncio.gather(*ahead, return_exceptions=True)
+        await self._flights.close()
+        await self._finishing.close()
+
+
+def _span(first: int, last: int, size: int) -> tuple[int, int]:
+    return block_range(first, size)[0], block_range(last, size)[1]

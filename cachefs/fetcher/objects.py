@@ -1,0 +1,286 @@
+"""Make the bytes of an object readable: from disk, from a flight already under way, or from the origin.
+
+The order of a miss: the ref may exist by now (another reader was first) -> the version may be stored under
+another name -> its content may be known before it is fetched -> fetch, reserve, store, link. What cannot be
+stored (no room, failing SSD) streams through memory. A cache failure is never an error for the reader.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+from cachefs import datasets
+from cachefs.config import CacheConfig
+from cachefs.digest import BLOCK_SIZE, snapshot_ref, version_ref
+from cachefs.errors import CacheError, CacheFull, StaleObject
+from cachefs.fetcher.attachments import Attachment, Attachments
+from cachefs.fetcher.capacity import Capacity, allocated
+from cachefs.fetcher.counters import Counters
+from cachefs.fetcher.flights import Flights
+from cachefs.fetcher.index import Index, Known, Seen
+from cachefs.fetcher.lanes import FOREGROUND, Lanes
+from cachefs.fetcher.residency import Candidate, victims
+from cachefs.fetcher.transit import Transit, TransitStation, memory_file
+from cachefs.messages import Entry, Need
+from cachefs.store import Reader, Store
+
+log = logging.getLogger("cachefs.fetcher")
+
+# S3 describes the content of what was uploaded in one piece by its MD5, in several by the MD5 of their MD5s and
+# their number (AWS "Checking object integrity"): equal ETag and size mean equal content, whatever the name.
+# Other origins make ETags of inode and time, which says nothing about content.
+_MD5_ETAG = re.compile(r"[0-9a-f]{32}(-\d+)?")
+
+# Eviction frees more than the one object that asked, so that the next ones find room without evicting again.
+EVICT_AT_LEAST = 64 * 1024 * 1024
+
+
+class Stored(NamedTuple):
+    """An object that is on disk, whole. key: 16 bytes of content key."""
+
+    key: bytes
+    size: int
+    version: str
+    mtime_ns: int
+
+
+class Room:
+    """Everything the fetcher's parts share. Owned by the service; made once."""
+
+    def __init__(self, config: CacheConfig, store: Store, index: Index) -> None:
+        self.config = config
+        self.store = store
+        self.reader = Reader(config.dirs)
+        self.index = index
+        self.capacity = Capacity(config.size, config.min_free)
+        self.attachments = Attachments(config.home)
+        self.counters = Counters()
+        self.lanes = Lanes()
+        self.transit = TransitStation()
+        self.scanned = asyncio.Event()
+
+
+class Objects:
+    """Whole objects of at most one block. Larger ones are recognised here and handed to `large`."""
+
+    def __init__(self, room: Room) -> None:
+        self.room = room
+        self._flights: Flights[Stored | Transit | Entry] = Flights()
+        self._evicting = asyncio.Lock()
+
+    def refs(self, attachment: Attachment, request: Need) -> list[tuple[str, str]]:
+        """(dataset, ref) under which the reader that asks will look for the object."""
+        if request.version:
+            return [(attachment.dataset, version_ref(request.path, request.version))]
+        return [(attachment.dataset, snapshot_ref(request.path, attachment.snapshot))]
+
+    async def version_of(self, attachment: Attachment, request: Need) -> tuple[str, int]:
+        """(version, size) that this reader's snapshot serves; ("", -1) when it was never seen."""
+        if request.version:
+            return request.version, request.size
+        catalog = attachment.catalog(self.room.config.home)
+        if catalog is not None and (row := catalog.find(request.path)) is not None and not row.directory:
+            return row.version, row.size
+        seen = self.room.index.seen(attachment.dataset, attachment.snapshot, request.path)
+        return (seen.version, seen.size) if seen else ("", -1)
+
+    async def whole(
+        self, attachment: Attachment, request: Need, version: str, priority: int = FOREGROUND
+    ) -> Stored | Transit | Entry:
+        """The object, stored or in transit; its Entry when it is larger than one block.
+
+        Raises StaleObject when the origin has another version and this one is not cached; OriginError.
+        """
+        refs = self.refs(attachment, request)
+        if version and (known := await self._stored(attachment, request, version, refs)):
+            return known
+        if not request.damaged and (found := self._linked(version, refs)):
+            return found
+        if version and (passing := self.room.transit.get((attachment.identity, request.path, version))) is not None:
+            return passing
+        # Readers of different snapshots may mean different versions while the version is still unknown.
+        key = (attachment.identity, request.path, version, "" if version else (attachment.dataset, attachment.snapshot))
+        result = await self._flights.join(key, lambda: self._fetch(attachment, request, version, refs, priority))
+        if isinstance(result, Stored) and not any(self.room.reader.file(*ref) for ref in refs):
+            # Whoever joined the flight may look for the object under another ref than whoever started it.
+            await asyncio.to_thread(self.room.store.link, result.key, refs)
+        return result
+
+    async def _stored(
+        self, attachment: Attachment, request: Need, version: str, refs: list[tuple[str, str]]
+    ) -> Stored | None:
+        """The object if its bytes are on disk and right, linked under `refs`."""
+        room = self.room
+        known = room.index.known(attachment.identity, request.path, version)
+        if known is None:
+            return None
+        sealed = any(room.reader.file(*ref) for ref in refs) and not request.damaged
+        if not sealed:
+            if not room.store.has(known.key):
+                return None
+            # Not checked since the machine started, or a reader found it wrong: read it before it is served.
+            if not await asyncio.to_thread(room.store.check, known.key):
+                self._damaged(attachment, known)
+                return None
+            if not await asyncio.to_thread(room.store.link, known.key, refs):
+                return None
+        room.counters.stored += 1
+        self._see(attachment, request, version, known.size, known.mtime_ns)
+        return Stored(known.key, known.size, version, known.mtime_ns)
+
+    def _linked(self, version: str, refs: list[tuple[str, str]]) -> Stored | None:
+        """The object if its ref is there though the index does not know it: a batch of the index was lost."""
+        for dataset, ref in refs:
+            file = self.room.reader.file(dataset, ref)
+            key = self.room.store.key_of(dataset, ref) if file else None
+            if file and key and self.room.store.has(key):
+                self.room.counters.stored += 1
+                return Stored(key, os.stat(file).st_size, version, 0)
+        return None
+
+    def _damaged(self, attachment: Attachment, known: Known) -> None:
+        log.warning("%s: its stored copy does not match its digest; fetching it again", known.path)
+        self.room.counters.damaged += 1
+        self.room.capacity.free(self.room.store.drop(known.key))
+        self.room.index.forget(attachment.identity, known.path, known.version)
+
+    def _see(self, attachment: Attachment, request: Need, version: str, size: int, mtime_ns: int) -> None:
+        if not request.version and attachment.snapshot.startswith("g"):
+            seen = Seen(version, size, mtime_ns)
+            if self.room.index.seen(attachment.dataset, attachment.snapshot, request.path) != seen:
+                self.room.index.see(attachment.dataset, attachment.snapshot, request.path, seen)
+
+    async def _fetch(
+        self, attachment: Attachment, request: Need, version: str, refs: list[tuple[str, str]], priority: int
+    ) -> Stored | Transit | Entry:
+        room = self.room
+        if request.size > BLOCK_SIZE:
+            return Entry(request.path, request.size, 0, version)
+        if recognised := await self._recognise(attachment, request, version, refs):
+            return recognised
+        async with room.lanes.lane(priority):
+            entry, data = await self.ask(lambda: attachment.origin.get(request.path, version=version, limit=BLOCK_SIZE))
+        if version and entry.version != version:
+            raise StaleObject(
+                f"{request.path}: was replaced at the origin and the version of this snapshot is not cached; "
+                "`cachefs refresh` takes the new one",
+                path=request.path,
+            )
+        if data is None:
+            self._see(attachment, request, entry.version, entry.size, entry.mtime_ns)
+            return entry
+        room.counters.origin_bytes += len(data)
+        kept = await self.keep(attachment, entry, data, refs)
+        # Before the flight lands: whoever comes between its landing and a later note would find nothing known
+        # of the object and read it again.
+        self._see(attachment, request, entry.version, entry.size, entry.mtime_ns)
+        return kept
+
+    async def ask(self, call: Callable[[], object]) -> tuple[Entry, bytes | None]:
+        """One request at the origin, counted."""
+        self.room.counters.origin_requests += 1
+        try:
+            return await call()  # type: ignore[misc,no-any-return]
+        except Exception:
+            self.room.counters.origin_errors += 1
+            raise
+
+    async def _recognise(
+        self, attachment: Attachment, request: Need, version: str, refs: list[tuple[str, str]]
+    ) -> Stored | None:
+        """A renamed or copied object whose content is stored: found by what S3 says of the content."""
+        hint = content_hint(attachment, version)
+        if hint is None or request.size < 0:
+            return None
+        key = self.room.index.same_content(hint, request.size)
+        if key is None or not self.room.store.has(key):
+            return None
+        if not await asyncio.to_thread(self.room.store.check, key):
+            self.room.capacity.free(self.room.store.drop(key))
+            return None
+        if not await asyncio.to_thread(self.room.store.link, key, refs):
+            return None
+        known = Known(key, request.size, 0, version, request.path, attachment.dataset)
+        self.room.index.learn(attachment.identity, known)
+        return Stored(key, request.size, version, 0)
+
+    async def keep(
+        self, attachment: Attachment, entry: Entry, data: bytes, refs: list[tuple[str, str]]
+    ) -> Stored | Transit:
+        """Store what was fetched, or let it pass through memory when it cannot be stored."""
+        room = self.room
+        try:
+            reserved = await self.reserve(len(data), attachment.dataset)
+        except CacheFull:
+            return self._pass(attachment, entry, data)
+        try:
+            key = await asyncio.to_thread(room.store.put, data, links=refs)
+        except CacheError as error:
+            room.counters.store_errors += 1
+            room.capacity.cancel(reserved)
+            log.warning("%s: cannot be stored (%s); it streams through", entry.path, error)
+            return self._pass(attachment, entry, data)
+        except BaseException:
+            room.capacity.cancel(reserved)
+            raise
+        room.capacity.commit(reserved)
+        known = Known(key, entry.size, entry.mtime_ns, entry.version, entry.path, attachment.dataset)
+        room.index.learn(attachment.identity, known)
+        if hint := content_hint(attachment, entry.version):
+            room.index.learn_content(hint, entry.size, key)
+        return Stored(key, entry.size, entry.version, entry.mtime_ns)
+
+    def _pass(self, attachment: Attachment, entry: Entry, data: bytes) -> Transit:
+        self.room.counters.streamed += 1
+        fd = memory_file(data)
+        transit = Transit(fd, 0, len(data), entry.size, entry.version, entry.mtime_ns)
+        self.room.transit.put((attachment.identity, entry.path, entry.version), transit)
+        return transit
+
+    async def reserve(self, count: int, dataset: str) -> int:
+        """Room for `count` bytes, taken from idle datasets if need be. Raises CacheFull."""
+        room = self.room
+        await room.scanned.wait()
+        directory = room.config.home
+        try:
+            return room.capacity.reserve(count, directory)
+        except CacheFull:
+            # One eviction at a time: those who waited for it find its room and need none of their own.
+            async with self._evicting:
+                try:
+                    return room.capacity.reserve(count, directory)
+                except CacheFull:
+                    await asyncio.to_thread(self._evict, max(allocated(count), EVICT_AT_LEAST), dataset)
+                return room.capacity.reserve(count, directory)
+
+    def _evict(self, count: int, wanted_by: str) -> None:
+        room = self.room
+        candidates = [
+            Candidate(d, datasets.last_use(room.config.home, d), room.attachments.in_use(d))
+            for d in room.store.datasets()
+        ]
+        freed = 0
+        for dataset in victims(candidates, wanted_by):
+            for ref in room.store.refs(dataset):
+                freed += room.store.unlink_ref(dataset, ref)
+                if freed >= count:
+                    break
+            if freed >= count:
+                break
+        room.counters.evicted_bytes += freed
+        room.capacity.free(freed)
+
+    async def close(self) -> None:
+        await self._flights.close()
+
+
+def content_hint(attachment: Attachment, version: str) -> str | None:
+    """What the origin says about the content itself, None where it says nothing."""
+    if attachment.identity.startswith("s3") and _MD5_ETAG.fullmatch(version):
+        return f"md5:{version}"
+    return None

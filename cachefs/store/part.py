@@ -1,0 +1,221 @@
+"""A large object on its way in: blocks arrive in any order, survive restarts, and are served one by one.
+
+Its bytes lie in a sparse file of the object's full length, at their final offsets, so that completing it is a
+rename and descriptors that readers were given stay good. What is there is said by a map (blockmap.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cachefs.digest import BLOCK_SIZE, block_count, block_range, digest
+from cachefs.errors import CacheError, DamagedBlob
+from cachefs.store.blockmap import BlockMap
+from cachefs.store.folder import BLOB_MODE, Data, Folder, allocated, key_of, remove, write_all
+from cachefs.store.layout import checked_links
+
+if TYPE_CHECKING:
+    from cachefs.store.writer import Store
+
+# Reopened for writing after a restart, so not read-only like a blob; and nobody else's to see until it is one.
+PART_MODE = 0o600
+
+
+class Part:
+    """An incomplete object of `size` bytes. Made by Store.part. Any thread may call it.
+
+    One lock per object, held while bytes are written and digested: 8 MiB take about 3 ms, and a second writer of
+    the same block must not mix its bytes into the first one's.
+    """
+
+    def __init__(self, store: Store, folder: Folder, ref: str, size: int) -> None:
+        """Raises OSError."""
+        self.ref = ref
+        self.size = size
+        self.folder = folder
+        self.path = Path(folder.places.part(ref))
+        self._store = store
+        self._lock = threading.Lock()
+        self._fd, self._map = _open(folder, ref, size)
+        self.closed = False
+
+    def __repr__(self) -> str:
+        return f"Part({self.ref}, {self.size} bytes)"
+
+    def __del__(self) -> None:
+        if hasattr(self, "closed"):  # __init__ may have failed
+            self._close_files()
+
+    # --- what is there ---
+
+    def present(self, block: int) -> bool:
+        """Whether the block was written; one of an earlier boot may yet turn out damaged: see `checked`."""
+        return self._map.digests[block] is not None
+
+    @property
+    def complete(self) -> bool:
+        """Whether every block is present."""
+        return None not in self._map.digests
+
+    @property
+    def missing(self) -> list[int]:
+        """Numbers of the blocks that are not present."""
+        return [block for block, found in enumerate(self._map.digests) if found is None]
+
+    def checked(self, block: int, *, again: bool = False) -> bool:
+        """Whether the block may be served. One not written or compared in this boot is read and compared first.
+
+        again: compare in any case (a reader complained). A block that does not match is not present any more.
+        """
+        if self._map.fresh[block] and not again:
+            return True
+        with self._working("checking a block"):
+            return self._check(block, again)
+
+    def run(self, start: int, stop: int) -> tuple[int, int]:
+        """The largest range of bytes around [start, stop) that may be served now, without reading anything.
+
+        It contains `start` and may end before `stop`; (start, start) when the block of `start` is not `checked`.
+        """
+        fresh, block = self._map.fresh, start // BLOCK_SIZE
+        if not 0 <= start < min(stop, self.size) or not fresh[block]:
+            return start, start
+        first = fresh.rfind(0, 0, block) + 1
+        after = fresh.find(0, block)
+        last = (len(fresh) if after < 0 else after) - 1
+        return block_range(first, self.size)[0], block_range(last, self.size)[1]
+
+    @property
+    def allocated(self) -> int:
+        """Bytes that file and map take on disk."""
+        with self._working("looking at an incomplete object"):
+            return allocated(os.fstat(self._fd)) + allocated(os.fstat(self._map.fd))
+
+    # --- what changes it ---
+
+    def write(self, block: int, data: Data) -> None:
+        """Store a block. It is present when this returns; a failure leaves it absent.
+
+        Raises CacheFull, CacheError, and CacheError for data that are not exactly the block's length.
+        """
+        start, stop = block_range(block, self.size)
+        if not 0 <= start < self.size:
+            raise CacheError(f"an object of {self.size} bytes has no block {block}")
+        if len(data) != stop - start:
+            raise CacheError(f"block {block} of {self.size} bytes has {stop - start} bytes, not {len(data)}")
+        found = digest(data)
+        with self._working("storing a block"):
+            if self._map.fresh[block] and self._map.digests[block] == found:
+                return
+            self._store.directories.require_room(self.folder, len(data))
+            self._map.forget(block)  # before its bytes change: see blockmap.py
+            write_all(self._fd, data, start)
+            self._map.record(block, found)
+
+    def finish(self, links: Iterable[tuple[str, str]] = ()) -> bytes:
+        """Make the complete object a blob with these refs; returns its key (16 bytes). The part is closed then.
+
+        Raises DamagedBlob, and stays open, when a block is not there, or is of an earlier boot and does not match
+        its digest: `missing` says what to fetch. After CacheFull or CacheError its bytes are gone.
+        """
+        links = checked_links(links)
+        with self._working("completing an object"):
+            for block in range(block_count(self.size)):
+                if not self._check(block, again=False):
+                    raise DamagedBlob(f"{self.path}: block {block} is missing or damaged; it must be fetched again")
+            digests = [found for found in self._map.digests if found is not None]
+            key = key_of(digests, self.size)
+            try:
+                if not self._store.link_intact(key, links):
+                    os.fchmod(self._fd, BLOB_MODE)
+                    self.folder.finish(self._fd, key.hex())
+                    self._store.publish(self.folder, str(self.path), key, digests, links)
+            finally:
+                self._remove()
+        return key
+
+    def discard(self) -> int:
+        """Forget the object. Bytes freed on disk (by this process; a reader may hold its descriptor a while)."""
+        with self._working("discarding an incomplete object"):
+            return self._remove()
+
+    def close(self) -> None:
+        """Close its files. They stay on disk, and Store.part opens them again."""
+        with self._lock:
+            self._close_files()
+
+    # --- the parts of the above, under the lock ---
+
+    @contextlib.contextmanager
+    def _working(self, what: str) -> Iterator[None]:
+        with self._store.directories.guard(self.folder, what), self._lock:
+            if self.closed:
+                raise CacheError(f"{self.path}: was completed or discarded")
+            yield
+
+    def _check(self, block: int, again: bool) -> bool:
+        expected = self._map.digests[block]
+        if expected is None:
+            return False
+        if self._map.fresh[block] and not again:
+            return True
+        start, stop = block_range(block, self.size)
+        if _digest_at(self._fd, start, stop) == expected:
+            self._map.record(block, expected)
+            return True
+        self._map.forget(block)
+        return False
+
+    def _remove(self) -> int:
+        # Killed between the two, there are bytes without a map or a map without bytes: `_open` believes neither.
+        freed = remove(self.folder.places.map(self.ref)) + remove(self.folder.places.part(self.ref))
+        self._close_files()
+        return freed
+
+    def _close_files(self) -> None:
+        if not self.closed:
+            self.closed = True
+            os.close(self._fd)
+            os.close(self._map.fd)
+
+
+def _digest_at(fd: int, start: int, stop: int) -> bytes | None:
+    try:
+        return digest(os.pread(fd, stop - start, start))
+    except OSError:
+        return None  # a bad sector: the block is damaged, and fetched again
+
+
+def _open(folder: Folder, ref: str, size: int) -> tuple[int, BlockMap]:
+    """Bytes and map of a part: those on disk when they belong together and to an object of this size, else new ones."""
+    path, map_path = folder.places.part(ref), folder.places.map(ref)
+    with contextlib.ExitStack() as undo:
+        try:
+            os.chmod(path, PART_MODE)  # killed in `finish`, it may be read-only already
+            fd = _keep(undo, os.open(path, os.O_RDWR | os.O_CLOEXEC))
+            blocks = BlockMap(_keep(undo, os.open(map_path, os.O_RDWR | os.O_CLOEXEC)), size, folder.seal)
+            known = os.fstat(fd).st_size == size and blocks.load()
+        except FileNotFoundError:
+            known = False
+        if known:
+            undo.pop_all()
+            return fd, blocks
+    remove(path)  # not emptied: a reader may hold the old one
+    remove(map_path)
+    with contextlib.ExitStack() as undo:
+        fd = _keep(undo, folder.create(path, PART_MODE))
+        os.ftruncate(fd, size)
+        blocks = BlockMap(_keep(undo, folder.create(map_path, PART_MODE)), size, folder.seal)
+        blocks.begin()
+        undo.pop_all()
+        return fd, blocks
+
+
+def _keep(undo: contextlib.ExitStack, fd: int) -> int:
+    undo.callback(os.close, fd)
+    return fd

@@ -1,0 +1,354 @@
+"""The fetcher process, for real: started on demand, one flight per object, killed at any time, gone when idle."""
+
+import asyncio
+import contextlib
+import multiprocessing
+import os
+import signal
+import stat
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from cachefs.client import AsyncConnection, Connection
+from cachefs.client.session import Session
+from cachefs.config import CacheConfig
+from cachefs.digest import BLOCK_SIZE, version_ref
+from cachefs.errors import (
+    ObjectNotFound,
+    OriginAccessDenied,
+    OriginUnreachable,
+    StaleObject,
+)
+from cachefs.store import Reader
+
+OBJECTS = 100
+
+
+def s3(bucket, root="", **changes) -> Session:
+    return Session("s3", {**bucket.options, **changes}, {}, root=root)
+
+
+def config(home: Path, **changes) -> CacheConfig:
+    return CacheConfig.make(home, **{"deadline": 60.0, **changes})
+
+
+def read(connection: Connection, path: str, **range) -> bytes:
+    located = connection.need(path, **range)
+    try:
+        return located.read(located.start if range else 0, located.size)
+    finally:
+        os.close(located.fd)
+
+
+def content(n: int, size: int = 50_000) -> bytes:
+    return f"object {n} ".encode().ljust(size + n, b".")
+
+
+def fill(bucket, count: int = OBJECTS) -> dict[str, bytes]:
+    return {bucket.put(f"d{n % 7}/{n:04d}.jpg", content(n)): content(n) for n in range(count)}
+
+
+def pid_of(home: Path) -> int:
+    return int((home / "run" / "fetcher.lock").read_text())
+
+
+def wait_until(condition, seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def test_bytes_come_once_from_the_origin_and_then_from_the_disk(throttled, cache_dir):
+    objects = fill(throttled, 20)
+    connection = Connection(config(cache_dir), s3(throttled))
+    for _ in range(3):
+        for path, data in objects.items():
+            assert read(connection, path) == data
+    assert set(throttled.reads.values()) == {1}
+    assert throttled.throttle.traffic().total == 20
+    attached = connection.attach()
+    reader = Reader((cache_dir,))
+    from cachefs.digest import snapshot_ref
+
+    assert all(reader.file(attached.dataset, snapshot_ref(path, attached.snapshot)) for path in objects)
+
+
+def test_the_socket_and_the_directories_are_for_us_alone(bucket, cache_dir):
+    fill(bucket, 1)
+    connection = Connection(config(cache_dir), s3(bucket))
+    connection.attach()
+    assert stat.S_IMODE((cache_dir / "run" / "fetcher.sock").stat().st_mode) == 0o600
+    assert stat.S_IMODE((cache_dir / "run").stat().st_mode) == 0o700
+
+
+def _read_all(home, session, paths, barrier, answers):
+    connection = Connection(config(home), session)
+    barrier.wait()
+    answers.put({path: read(connection, path) for path in paths})
+
+
+def test_eight_processes_and_one_read_per_object(throttled, cache_dir):
+    objects = fill(throttled)
+    context = multiprocessing.get_context("fork")
+    barrier, answers = context.Barrier(8), context.Queue()
+    processes = [
+        context.Process(target=_read_all, args=(cache_dir, s3(throttled), list(objects), barrier, answers))
+        for _ in range(8)
+    ]
+    for process in processes:
+        process.start()
+    results = [answers.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert all(result == objects for result in results)
+    assert len(throttled.reads) == OBJECTS
+    assert throttled.throttle.traffic().object_reads == OBJECTS
+
+
+def test_a_killed_client_does_not_take_the_flight_from_the_others(throttled, cache_dir):
+    path = throttled.put("slow.jpg", content(1))
+    throttled.throttle.set(latency=1.0) if hasattr(throttled.throttle, "set") else None
+    context = multiprocessing.get_context("fork")
+    barrier, answers = context.Barrier(2), context.Queue()
+    first = context.Process(target=_read_all, args=(cache_dir, s3(throttled), [path], barrier, answers))
+    first.start()
+    barrier.wait()
+    connection = Connection(config(cache_dir), s3(throttled))
+    connection.attach()
+    killer = threading.Timer(0.2, lambda: os.kill(first.pid or 0, signal.SIGKILL))
+    killer.start()
+    assert read(connection, path) == content(1)
+    killer.join()
+    first.join()
+    assert throttled.throttle.traffic().object_reads == 1
+
+
+def test_a_killed_fetcher_is_replaced_and_the_reads_complete(throttled, cache_dir):
+    objects = fill(throttled)
+    connection = Connection(config(cache_dir), s3(throttled))
+    connection.attach()
+    stop = threading.Event()
+    killed = []
+
+    def kill() -> None:
+        while not stop.wait(0.15):
+            with contextlib.suppress(ProcessLookupError, ValueError, FileNotFoundError):
+                os.kill(pid_of(cache_dir), signal.SIGKILL)
+                killed.append(1)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        for _ in range(3):
+            for path, data in objects.items():
+                assert read(connection, path) == data
+            if len(killed) >= 3:
+                break
+    finally:
+        stop.set()
+        killer.join()
+    assert killed
+    assert not list((cache_dir / "tmp").iterdir()) or read(connection, next(iter(objects)))
+
+
+def test_an_idle_fetcher_leaves_nothing(bucket, cache_dir):
+    path = bucket.put("a", b"x")
+    connection = Connection(config(cache_dir, idle=0.2), s3(bucket))
+    assert read(connection, path) == b"x"
+    pid = pid_of(cache_dir)
+    connection.close()
+    wait_until(lambda: not Path(f"/proc/{pid}").exists())
+    assert not (cache_dir / "run" / "fetcher.sock").exists()
+    assert read(connection, path) == b"x", "and the next reader starts another"
+    assert pid_of(cache_dir) != pid
+
+
+def test_threads_and_forks_share_a_connection(bucket, cache_dir):
+    objects = fill(bucket, 30)
+    connection = Connection(config(cache_dir), s3(bucket))
+    path = next(iter(objects))
+    assert read(connection, path) == objects[path]
+    failures = []
+
+    def work() -> None:
+        for path, data in objects.items():
+            if read(connection, path) != data:
+                failures.append(path)
+        connection.close()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    for thread in threads:
+        thread.join()
+    child.join()
+    assert (failures, child.exitcode) == ([], 0)
+
+
+def test_a_range_of_a_large_object_costs_one_block(throttled, cache_dir):
+    size = 5 * BLOCK_SIZE + 100
+    data = os.urandom(1 << 16) * (size // (1 << 16)) + os.urandom(size % (1 << 16))
+    path = throttled.put("shard.tar", data)
+    connection = Connection(config(cache_dir), s3(throttled))
+    offset = 3 * BLOCK_SIZE + 12345
+    located = connection.need(path, size=len(data), offset=offset, length=4096)
+    assert located.read(offset, 4096) == data[offset : offset + 4096]
+    assert (located.start, located.stop, located.complete) == (3 * BLOCK_SIZE, 4 * BLOCK_SIZE, False)
+    os.close(located.fd)
+    traffic = throttled.throttle.traffic()
+    assert traffic.bytes_down < 1.1 * BLOCK_SIZE + 64 * 1024 + BLOCK_SIZE  # a first answer may be cut off
+    located = connection.need(path)
+    assert (located.complete, located.read(0, size) == data) == (True, True)
+    os.close(located.fd)
+
+
+def test_what_does_not_fit_streams_through_and_capacity_holds(throttled, cache_dir):
+    objects = fill(throttled, 40)
+    limit = 20 * 53248
+    connection = Connection(config(cache_dir, size=limit), s3(throttled))
+    for _ in range(2):
+        for path, data in objects.items():
+            assert read(connection, path) == data
+    status = connection.status().status
+    assert status["used"] <= limit
+    on_disk = sum(f.stat().st_blocks * 512 for f in (cache_dir / "blobs").rglob("*") if f.is_file())
+    assert on_disk <= limit
+    assert on_disk >= limit * 0.9, "a uniform set stays"
+
+
+def test_an_idle_dataset_gives_room(bucket, cache_dir):
+    a = {bucket.put(f"a/{n}", content(n)): content(n) for n in range(10)}
+    b = {bucket.put(f"b/{n}", content(n + 100)): content(n + 100) for n in range(10)}
+    settings = config(cache_dir, size=12 * 53248)
+    first = Connection(settings, s3(bucket, root=f"{bucket.name}/a"))
+    for path, data in a.items():
+        assert read(first, path) == data
+    first.close()
+    second = Connection(settings, s3(bucket, root=f"{bucket.name}/b"))
+    wait_until(lambda: second.status().status["connections"] == 1)
+    for path, data in b.items():
+        assert read(second, path) == data
+    counters = second.status().status["counters"]
+    assert counters["evicted_bytes"] > 0
+    assert counters["streamed"] == 0
+
+
+def test_damage_is_noticed_and_mended(throttled, cache_dir):
+    path = throttled.put("a.jpg", content(1))
+    connection = Connection(config(cache_dir), s3(throttled))
+    located = connection.need(path)
+    os.close(located.fd)
+    file = Path(located.file)
+    file.chmod(0o600)
+    file.write_bytes(b"wrong" * 1000)
+    assert read(connection, path) == content(1)
+    assert connection.status().status["counters"]["damaged"] == 1
+    assert throttled.reads == {"a.jpg": 2}
+
+
+def test_verify_finds_what_rotted(bucket, cache_dir):
+    objects = fill(bucket, 5)
+    connection = Connection(config(cache_dir), s3(bucket))
+    files = []
+    for path in objects:
+        located = connection.need(path)
+        os.close(located.fd)
+        files.append(Path(located.file))
+    info = files[2].stat()
+    files[2].chmod(0o600)
+    files[2].write_bytes(b"x" * info.st_size)
+    os.utime(files[2], ns=(info.st_atime_ns, info.st_mtime_ns))  # rot does not change the mtime
+    done = connection.verify()
+    assert (done.count, done.failed_total) == (5, 1)
+    for path, data in objects.items():
+        assert read(connection, path) == data
+
+
+def test_a_replaced_object_is_stale_until_refresh(bucket, cache_dir):
+    kept = bucket.put("d/kept", b"old kept")
+    lost = bucket.put("d/lost", b"old lost")
+    connection = Connection(config(cache_dir), s3(bucket, root=f"{bucket.name}/d"))
+    connection.make_catalog()
+    assert read(connection, kept) == b"old kept"
+    bucket.put("d/kept", b"new kept")
+    bucket.put("d/lost", b"new lost")
+    assert read(connection, kept) == b"old kept"
+    with pytest.raises(StaleObject, match=r"lost.*refresh"):
+        read(connection, lost)
+    assert connection.make_catalog(refresh=True).changed
+    assert read(connection, kept) == b"new kept"
+    assert read(connection, lost) == b"new lost"
+
+
+def test_a_renamed_dataset_costs_no_bytes(throttled, cache_dir):
+    objects = fill(throttled, 10)
+    first = Connection(config(cache_dir), s3(throttled, root=throttled.name))
+    first.make_catalog()
+    assert first.warm().count == 10
+    assert throttled.throttle.traffic().object_reads == 10
+    for path, data in objects.items():
+        throttled.put("renamed/" + path.partition("/")[2], data)
+    second = Connection(config(cache_dir), s3(throttled, root=f"{throttled.name}/renamed"))
+    second.make_catalog()
+    assert (second.warm().count, throttled.throttle.traffic().object_reads) == (10, 10)
+    reader = Reader((cache_dir,))
+    dataset = second.attach().dataset
+    entries = list(second.entries(f"{throttled.name}/renamed", recursive=True))
+    assert all(reader.file(dataset, version_ref(entry.path, entry.version)) for entry in entries)
+
+
+def test_evict_gives_the_space_back(bucket, cache_dir):
+    objects = fill(bucket, 10)
+    connection = Connection(config(cache_dir), s3(bucket, root=bucket.name))
+    connection.make_catalog()
+    connection.warm()
+    assert connection.status().status["used"] > 500_000
+    assert connection.evict(bucket.name).bytes > 500_000
+    assert connection.status().status["used"] == 0
+    path = next(iter(objects))
+    assert read(connection, path) == objects[path]
+
+
+def test_errors_name_the_object_and_never_the_secret(bucket, cache_dir):
+    connection = Connection(config(cache_dir), s3(bucket))
+    with pytest.raises(ObjectNotFound, match="nothing-here"):
+        read(connection, f"{bucket.name}/nothing-here")
+    with pytest.raises(ObjectNotFound, match="bucket"):
+        read(connection, "no-such-bucket/a")
+    wrong = Connection(config(cache_dir), s3(bucket, secret="wrong-secret-value"))
+    with pytest.raises(OriginAccessDenied) as denied:
+        read(wrong, bucket.put("a", b"x"))
+    assert "wrong-secret-value" not in str(denied.value)
+    nowhere = Connection(config(cache_dir), s3(bucket, endpoint_url="http://127.0.0.1:9"))
+    with pytest.raises(OriginUnreachable):
+        read(nowhere, f"{bucket.name}/a")
+    log = (cache_dir / "run" / "fetcher.log").read_text()
+    assert "wrong-secret-value" not in log
+    assert bucket.options["secret"] not in log
+
+
+async def test_the_async_connection_fetches_at_the_same_time(throttled, cache_dir):
+    objects = fill(throttled, 50)
+    connection = AsyncConnection(config(cache_dir), s3(throttled))
+
+    async def one(path: str) -> bytes:
+        located = await connection.need(path)
+        try:
+            return located.read(0, located.size)
+        finally:
+            os.close(located.fd)
+
+    try:
+        results = await asyncio.gather(*(one(path) for path in objects))
+        assert results == list(objects.values())
+        os.kill(pid_of(cache_dir), signal.SIGKILL)
+        assert await one(next(iter(objects))) == content(0)
+        assert throttled.throttle.traffic().object_reads == 50
+    finally:
+        await connection.close()

@@ -1,0 +1,297 @@
+"""The testbed itself: what the other tests take for granted about their S3 server, throttle and photographs."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import boto3
+import botocore.exceptions
+import pytest
+from botocore.config import Config
+
+from cachefs.digest import content_key
+from cachefs_sidecar.testbed import S3Server, Throttle, fetcher_pid, make_photographs, stop_fetcher
+from cachefs_sidecar.testbed.photographs import LARGEST, SMALLEST
+
+
+def client(options: dict[str, Any], **config: Any) -> Any:
+    """boto3: an S3 client that is neither ours nor used by ours."""
+    return boto3.client(
+        "s3",
+        aws_access_key_id=options["key"],
+        aws_secret_access_key=options["secret"],
+        endpoint_url=options["endpoint_url"],
+        region_name="us-east-1",
+        config=Config(retries={"total_max_attempts": 1}, s3={"addressing_style": "path"}, **config),
+    )
+
+
+def read(options: dict[str, Any], path: str, **more: Any) -> bytes:
+    name, _, key = path.partition("/")
+    body: bytes = client(options).get_object(Bucket=name, Key=key, **more)["Body"].read()
+    return body
+
+
+def runs(pid: int) -> bool:
+    """Whether the process is more than a zombie that its new parent has not reaped yet."""
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+    except OSError:
+        return False
+
+
+# --- S3Server -------------------------------------------------------------------------------------------------
+
+
+def test_a_file_put_or_replaced_or_deleted_is_so_at_once(bucket):
+    path = bucket.put("deep/er/a.bin", b"one")
+    assert read(bucket.options, path) == b"one"
+    bucket.put("deep/er/a.bin", b"second")
+    assert read(bucket.options, path) == b"second"
+    bucket.delete("deep/er/a.bin")
+    with pytest.raises(botocore.exceptions.ClientError, match="NoSuchKey"):
+        read(bucket.options, path)
+
+
+def test_wrong_secret_is_refused(bucket):
+    path = bucket.put("a.bin", b"one")
+    with pytest.raises(botocore.exceptions.ClientError, match="SignatureDoesNotMatch"):
+        read(bucket.options | {"secret": "something-else"}, path)
+    with pytest.raises(botocore.exceptions.ClientError, match=r"InvalidAccessKeyId|AccessDenied"):
+        read(bucket.options | {"key": "somebody-else"}, path)
+
+
+def test_the_secret_is_not_in_the_arguments_nor_in_the_repr(s3_server):
+    command = Path(f"/proc/{s3_server.pid}/cmdline").read_bytes()
+    assert b"rclone" in command
+    assert s3_server.options["secret"].encode() not in command
+    assert s3_server.options["secret"] not in repr(s3_server)
+
+
+def test_stop_and_start_on_the_same_port(tmp_path):
+    (tmp_path / "bucket").mkdir()
+    (tmp_path / "bucket" / "a").write_bytes(b"kept")
+    with S3Server(tmp_path) as server:
+        port = server.port
+        assert read(server.options, "bucket/a") == b"kept"
+        server.stop()
+        with pytest.raises(ConnectionRefusedError):
+            http.client.HTTPConnection("127.0.0.1", port).connect()
+        server.start()
+        assert server.port == port
+        assert read(server.options, "bucket/a") == b"kept"
+
+
+def test_a_server_that_cannot_start_says_why(tmp_path):
+    with S3Server(tmp_path) as first:
+        second = S3Server(tmp_path)
+        second.port = first.port
+        with pytest.raises(RuntimeError, match="Address already in use"):
+            second.start()
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
+def test_server_and_throttle_die_with_the_program_that_started_them(tmp_path, sign):
+    program = (
+        "import sys, time; from pathlib import Path; from cachefs_sidecar.testbed import S3Server, Throttle\n"
+        "server = S3Server(Path(sys.argv[1])); server.start()\n"
+        "throttle = Throttle(server.port); throttle.start()\n"
+        "print(server.pid, throttle.pid, flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    with parent.stdout:
+        pids = [int(word) for word in parent.stdout.readline().split()]
+    assert len(pids) == 2
+    parent.send_signal(sign)
+    parent.wait()
+    deadline = time.monotonic() + 5
+    while any(runs(pid) for pid in pids):
+        assert time.monotonic() < deadline, "still there"
+        time.sleep(0.01)
+
+
+# --- Throttle --------------------------------------------------------------------------------------------------
+
+
+def test_every_request_is_counted_once_by_kind_and_object(throttled):
+    odd = "füß+%41 b?.bin"
+    for key in ("a.bin", odd):
+        throttled.put(key, b"x" * 1000)
+    s3 = client(throttled.options)
+    for _ in range(3):
+        s3.get_object(Bucket=throttled.name, Key="a.bin")["Body"].read()
+    assert s3.get_object(Bucket=throttled.name, Key=odd, Range="bytes=10-19")["Body"].read() == b"x" * 10
+    s3.head_object(Bucket=throttled.name, Key="a.bin")
+    s3.list_objects_v2(Bucket=throttled.name)
+    s3.put_object(Bucket=throttled.name, Key="new.bin", Body=b"y" * 200_000)
+    traffic = throttled.throttle.reset()
+    assert traffic.requests == {"GET object": 4, "HEAD object": 1, "LIST": 1, "PUT object": 1}
+    assert traffic.objects == {f"{throttled.name}/a.bin": 3, f"{throttled.name}/{odd}": 1}
+    assert traffic.total == 7
+    assert 3010 < traffic.bytes_down < 10_000
+    assert 200_000 < traffic.bytes_up < 210_000
+    assert read(throttled.options, f"{throttled.name}/new.bin") == b"y" * 200_000
+    assert throttled.reads == {"new.bin": 1}
+
+
+def test_presigned_urls_pass_and_count(throttled):
+    path = throttled.put("a.bin", b"presigned")
+    url = client(throttled.options, signature_version="s3v4").generate_presigned_url(
+        "get_object", Params={"Bucket": throttled.name, "Key": "a.bin"}
+    )
+    connection = http.client.HTTPConnection("127.0.0.1", throttled.throttle.port)
+    for _ in range(2):  # on one connection
+        connection.request("GET", url.removeprefix(throttled.endpoint))
+        assert connection.getresponse().read() == b"presigned"
+    connection.close()
+    assert throttled.throttle.traffic().objects == {path: 2}
+
+
+def test_latency_is_per_request(throttled):
+    path = throttled.put("a.bin", b"x")
+    s3 = client(throttled.options)
+    s3.head_bucket(Bucket=throttled.name)  # the connection and boto3's machinery are warm
+    throttled.throttle.set(latency=0.1)
+    began = time.perf_counter()
+    for _ in range(3):
+        s3.get_object(Bucket=throttled.name, Key=path.partition("/")[2])["Body"].read()
+    assert 0.3 <= time.perf_counter() - began < 0.9
+
+
+def test_bandwidth_per_connection_and_in_total(throttled):
+    throttled.put("a.bin", os.urandom(1_000_000))
+    path = f"{throttled.name}/a.bin"
+
+    async def seconds_for_three_at_once() -> float:
+        began = time.perf_counter()
+        await asyncio.gather(*(asyncio.to_thread(read, throttled.options, path) for _ in range(3)))
+        return time.perf_counter() - began
+
+    throttled.throttle.set(bandwidth_per_connection=2_500_000)
+    assert 0.4 <= asyncio.run(seconds_for_three_at_once()) < 1.1
+    throttled.throttle.set(bandwidth_per_connection=None, total_bandwidth=2_500_000)
+    assert 1.2 <= asyncio.run(seconds_for_three_at_once()) < 2.2
+
+
+def test_a_client_that_reads_slowly_holds_the_server_back(throttled):
+    throttled.put("big.bin", bytes(32 << 20))
+    body = client(throttled.options).get_object(Bucket=throttled.name, Key="big.bin")["Body"]
+    assert body.read(1000) == bytes(1000)
+    deadline = time.monotonic() + 0.5  # long enough for all of it, were it not held back
+    while time.monotonic() < deadline:
+        assert throttled.throttle.traffic().bytes_down < 20 << 20
+        time.sleep(0.05)
+    assert len(body.read()) == (32 << 20) - 1000
+
+
+def test_faults_strike_what_they_name_as_often_as_said(throttled):
+    bad, good = throttled.put("bad.bin", b"b" * 5000), throttled.put("good.bin", b"g" * 5000)
+    throttle = throttled.throttle
+    throttle.status(503, f"{throttled.name}/bad*", times=2)
+    for _ in range(2):
+        with pytest.raises(botocore.exceptions.ClientError, match="SlowDown"):
+            read(throttled.options, bad)
+        assert read(throttled.options, good) == b"g" * 5000
+    assert read(throttled.options, bad) == b"b" * 5000
+
+    throttle.flip("*/bad.bin", at=4000, times=1)
+    wrong = read(throttled.options, bad)
+    assert [i for i in range(5000) if wrong[i] != ord("b")] == [4000]
+    assert read(throttled.options, bad) == b"b" * 5000
+
+    throttle.cut("*/bad.bin", after=2000)
+    with pytest.raises(botocore.exceptions.BotoCoreError, match=r"2000 bytes read|IncompleteRead|2000"):
+        read(throttled.options, bad)
+    throttle.heal()
+    assert read(throttled.options, bad) == b"b" * 5000
+
+    throttle.delay(0.2, "*/bad.bin", times=1)
+    began = time.perf_counter()
+    assert read(throttled.options, bad) == b"b" * 5000
+    assert time.perf_counter() - began >= 0.2
+
+
+def test_hanging_requests_hang_and_others_do_not(throttled):
+    bad, good = throttled.put("bad.bin", b"b"), throttled.put("good.bin", b"g")
+    throttled.throttle.hang(bad)
+    with pytest.raises(botocore.exceptions.ReadTimeoutError):
+        client(throttled.options, read_timeout=0.3).get_object(Bucket=throttled.name, Key="bad.bin")
+    assert read(throttled.options, good) == b"g"
+    throttled.throttle.heal()
+    assert read(throttled.options, bad) == b"b"
+    assert throttled.reads == {"bad.bin": 2, "good.bin": 1}
+
+
+def test_refused_connections(throttled):
+    path = throttled.put("a.bin", b"a")
+    assert read(throttled.options, path) == b"a"
+    throttled.throttle.refuse()
+    with pytest.raises(botocore.exceptions.EndpointConnectionError):
+        read(throttled.options, path)
+    throttled.throttle.heal()
+    assert read(throttled.options, path) == b"a"
+
+
+def test_a_stopped_server_looks_stopped_through_the_throttle(tmp_path):
+    (tmp_path / "bucket").mkdir()
+    (tmp_path / "bucket" / "a").write_bytes(b"a")
+    with S3Server(tmp_path) as server, Throttle(server.port, latency=0) as throttle:
+        options = server.options | {"endpoint_url": throttle.endpoint}
+        assert read(options, "bucket/a") == b"a"
+        server.stop()
+        with pytest.raises(botocore.exceptions.HTTPClientError):
+            read(options, "bucket/a")
+        server.start()
+        assert read(options, "bucket/a") == b"a"
+
+
+# --- photographs ------------------------------------------------------------------------------------------------
+
+
+def test_photographs_are_the_same_in_every_run_and_all_different(tmp_path):
+    from PIL import Image
+
+    counted: list[int] = []
+    first = make_photographs(tmp_path / "1", 48, made=counted.append)
+    assert sum(counted) == 48
+    assert make_photographs(tmp_path / "2", 48) == first
+    assert len({photograph.key for photograph in first}) == 48
+    assert len({photograph.name.partition("/")[0] for photograph in first}) == 12
+    for photograph in first:
+        data = (tmp_path / "2" / photograph.name).read_bytes()
+        assert content_key(data) == photograph.key
+        assert SMALLEST <= len(data) == photograph.size <= LARGEST
+    with Image.open(tmp_path / "1" / first[0].name) as image:
+        assert image.format == "JPEG"
+        assert image.convert("RGB").getbbox() is not None
+    assert make_photographs(tmp_path / "3", 12, seed=2) != first[:12]
+
+
+# --- fetchers ------------------------------------------------------------------------------------------------------
+
+
+def test_stop_fetcher_ends_the_fetcher_and_nothing_else(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    assert not stop_fetcher(tmp_path)
+    program = "import time; time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", program, "cachefs.fetcher"]) as fetcher:
+        (run / "fetcher.lock").write_text(f"{fetcher.pid}\n")
+        deadline = time.monotonic() + 5
+        while fetcher_pid(tmp_path) is None:  # until it has become the program
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        assert fetcher_pid(tmp_path) == fetcher.pid
+        assert stop_fetcher(tmp_path)
+    (run / "fetcher.lock").write_text(f"{os.getpid()}\n")  # a pid that now belongs to somebody else
+    assert fetcher_pid(tmp_path) is None
+    assert not stop_fetcher(tmp_path)
