@@ -46,8 +46,11 @@ class Request(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 class Hello(Request, frozen=True, tag=True, kw_only=True):
+    """size: bytes the cache may take, where this reader was told (None = as it is)."""
+
     protocol: int = PROTOCOL
     pid: int = 0
+    size: int | None = None
 
 
 class Attach(Request, frozen=True, tag=True, kw_only=True):

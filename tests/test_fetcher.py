@@ -111,7 +111,7 @@ def test_eight_processes_and_one_read_per_object(throttled, cache_dir):
 
 def test_a_killed_client_does_not_take_the_flight_from_the_others(throttled, cache_dir):
     path = throttled.put("slow.jpg", content(1))
-    throttled.throttle.set(latency=1.0) if hasattr(throttled.throttle, "set") else None
+    throttled.throttle.set(latency=1.0)
     context = multiprocessing.get_context("fork")
     barrier, answers = context.Barrier(2), context.Queue()
     first = context.Process(target=_read_all, args=(cache_dir, s3(throttled), [path], barrier, answers))
@@ -135,7 +135,7 @@ def test_a_killed_fetcher_is_replaced_and_the_reads_complete(throttled, cache_di
     killed = []
 
     def kill() -> None:
-        while not stop.wait(0.15):
+        while len(killed) < 5 and not stop.wait(0.3):
             with contextlib.suppress(ProcessLookupError, ValueError, FileNotFoundError):
                 os.kill(pid_of(cache_dir), signal.SIGKILL)
                 killed.append(1)
@@ -325,7 +325,7 @@ def test_errors_name_the_object_and_never_the_secret(bucket, cache_dir):
     with pytest.raises(OriginAccessDenied) as denied:
         read(wrong, bucket.put("a", b"x"))
     assert "wrong-secret-value" not in str(denied.value)
-    nowhere = Connection(config(cache_dir), s3(bucket, endpoint_url="http://127.0.0.1:9"))
+    nowhere = Connection(config(cache_dir), s3(bucket, endpoint_url="http://127.0.0.1:9", retry_timeout=1))
     with pytest.raises(OriginUnreachable):
         read(nowhere, f"{bucket.name}/a")
     log = (cache_dir / "run" / "fetcher.log").read_text()
@@ -352,3 +352,25 @@ async def test_the_async_connection_fetches_at_the_same_time(throttled, cache_di
         assert throttled.throttle.traffic().object_reads == 50
     finally:
         await connection.close()
+
+
+def test_a_cache_remembers_its_size(bucket, cache_dir):
+    first = Connection(config(cache_dir, size="1M"), s3(bucket))
+    assert first.status().status["size"] == 1 << 20
+    first.shutdown()
+    second = Connection(config(cache_dir), s3(bucket))
+    assert second.status().status["size"] == 1 << 20
+    third = Connection(config(cache_dir, size="2M"), s3(bucket))
+    third.attach()
+    assert second.status().status["size"] == 2 << 20
+
+
+def test_evict_takes_incomplete_objects_too(bucket, cache_dir):
+    path = bucket.put("shards/big", os.urandom(2 * BLOCK_SIZE))
+    connection = Connection(config(cache_dir), s3(bucket))
+    located = connection.need(path, offset=BLOCK_SIZE, length=1)
+    os.close(located.fd)
+    assert connection.status().status["used"] >= BLOCK_SIZE
+    connection.evict(f"{bucket.name}/shards")
+    assert connection.status().status["used"] == 0
+    assert not [f for f in (cache_dir / "parts").iterdir() if f.suffix != ".map" and f.stat().st_blocks]

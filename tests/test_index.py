@@ -20,6 +20,8 @@ def test_what_is_learned_is_known_before_and_after_a_restart(tmp_path):
     index.learn_content("md5:1", 3, b"k" * 16)
     index.forget("s3", known(2).path, known(2).version)
 
+    index.flush()
+
     def check(index: Index) -> None:
         assert index.known("s3", known(1).path, known(1).version) == known(1)
         assert index.known("gs", known(1).path, known(1).version) is None, "another origin"

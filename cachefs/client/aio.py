@@ -270,7 +270,7 @@ class AsyncConnection:
         welcome: asyncio.Queue[_Answer | None] = asyncio.Queue()
         attached: asyncio.Queue[_Answer | None] = asyncio.Queue()
         line.waiting.update({1: welcome, 2: attached})
-        line.send(self.session.hello())
+        line.send(self.session.hello(self.config))
         line.send(self.session.attach())
         expect((await self._next(welcome))[0], Welcome)
         line.attached = expect((await self._next(attached))[0], Attached)

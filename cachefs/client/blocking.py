@@ -237,7 +237,7 @@ class Connection:
 
     def _greet(self, line: _Line) -> None:
         session = self.session or Session("", {}, {})
-        self._send(line, session.hello())
+        self._send(line, session.hello(self.config))
         expect(self._receive(line, 1, None)[0], Welcome)
         if self.session is not None:
             self._send(line, session.attach())

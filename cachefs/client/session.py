@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from cachefs.config import CacheConfig
 from cachefs.errors import FetcherError, from_wire
 from cachefs.messages import PROTOCOL, Attach, Failed, Hello, Reply
 
@@ -36,8 +37,8 @@ class Session:
     def __repr__(self) -> str:
         return f"Session({self.protocol!r}, root={self.root!r})"
 
-    def hello(self) -> Hello:
-        return Hello(id=1, protocol=PROTOCOL, pid=os.getpid())
+    def hello(self, config: CacheConfig) -> Hello:
+        return Hello(id=1, protocol=PROTOCOL, pid=os.getpid(), size=config.size)
 
     def attach(self) -> Attach:
         return Attach(

@@ -17,6 +17,7 @@ from cachefs.errors import CacheUnusable, FetcherError
 from cachefs.fetcher.index import Index
 from cachefs.fetcher.objects import Room
 from cachefs.fetcher.service import Service
+from cachefs.fetcher.settings import remember_size, remembered_size
 from cachefs.store import Store
 
 log = logging.getLogger("cachefs.fetcher")
@@ -79,7 +80,12 @@ def _stand_alone() -> None:
 
 
 async def _run(config: CacheConfig, store: Store, index: Index, listener: socket.socket) -> None:
-    service = Service(Room(config, store, index))
+    room = Room(config, store, index)
+    if config.size is None:
+        room.capacity.limit = remembered_size(config.home)
+    else:
+        remember_size(config.home, config.size)
+    service = Service(room)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, service.over.set)

@@ -121,8 +121,7 @@ class Index:
         self._set(b"v" + _name(identity, path, version), None)
 
     def records(self) -> Iterator[Known]:
-        """Every version known, in no order, streaming."""
-        self.flush()
+        """Every version known as of the last flush, in no order, streaming. May be used from another thread."""
         for name in self._cache.iterkeys():
             if name[:1] == b"v" and (raw := self._get(name)) is not None:
                 yield _decode_known(raw)

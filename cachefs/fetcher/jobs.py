@@ -23,6 +23,7 @@ from cachefs.digest import snapshot_ref, version_ref
 from cachefs.errors import CacheFSError, CatalogError, FetcherError, ObjectNotFound
 from cachefs.fetcher.attachments import Attachment
 from cachefs.fetcher.flights import Flights
+from cachefs.fetcher.index import Known
 from cachefs.fetcher.lanes import BACKGROUND
 from cachefs.fetcher.objects import Room
 from cachefs.messages import (
@@ -57,6 +58,7 @@ KEEP_CATALOGS = 3
 
 Send = Callable[[Reply], None]
 Fetch = Callable[[Attachment, Need, int], Awaitable[Any]]
+Discard = Callable[[str, Known], int]
 
 
 @dataclass
@@ -70,9 +72,10 @@ class _Tally:
 
 
 class Jobs:
-    def __init__(self, room: Room, fetch: Fetch) -> None:
+    def __init__(self, room: Room, fetch: Fetch, discard: Discard) -> None:
         self._room = room
         self._fetch = fetch
+        self._discard = discard
         self._listings: Flights[tuple[DatasetRecord, bool]] = Flights()
 
     async def run(self, request: Request, attachment: Attachment | None, send: Send) -> None:
@@ -241,6 +244,7 @@ class Jobs:
 
     async def _evict(self, request: Evict, attachment: Attachment, send: Send) -> None:
         tally = _Tally("objects")
+        self._room.index.flush()
         async with _heartbeat(request.id, tally, send):
             await self._in_thread(self._evict_below(attachment, request.path), tally)
         send(Done(id=request.id, count=tally.done, bytes=tally.bytes))
@@ -248,23 +252,27 @@ class Jobs:
     def _evict_below(self, attachment: Attachment, path: str) -> Iterator[int]:
         """Drops refs one by one; yields the bytes each gave back."""
         room = self._room
-        for record in list(datasets.load_all(room.config.home)):
-            if record.identity != attachment.identity:
+        records = [r for r in datasets.load_all(room.config.home) if r.identity == attachment.identity]
+        whole = [r for r in records if not path or r.root == path or r.root.startswith(path + "/")]
+        for record in whole:
+            for ref in room.store.refs(record.id):
+                yield room.store.unlink_ref(record.id, ref)
+        others = [r for r in records if r not in whole and r.covers(path)]
+        for known in room.index.records():
+            if path and known.path != path and not known.path.startswith(path + "/"):
                 continue
-            if not path or record.root == path or record.root.startswith(path + "/"):
-                for ref in room.store.refs(record.id):
-                    yield room.store.unlink_ref(record.id, ref)
-            elif record.covers(path):
-                for known in room.index.records():
-                    if known.path == path or known.path.startswith(path + "/"):
-                        freed = room.store.unlink_ref(record.id, version_ref(known.path, known.version))
-                        yield freed + room.store.unlink_ref(record.id, snapshot_ref(known.path, record.snapshot))
+            if not known.key:
+                yield self._discard(attachment.identity, known)
+            for record in others:
+                freed = room.store.unlink_ref(record.id, version_ref(known.path, known.version))
+                yield freed + room.store.unlink_ref(record.id, snapshot_ref(known.path, record.snapshot))
 
     async def _verify(self, request: Verify, send: Send) -> None:
         room = self._room
         tally = _Tally("blobs")
         damaged: list[tuple[str, str]] = []
-        names = {known.key: known.path for known in room.index.records()}
+        room.index.flush()
+        names = {known.key: known.path for known in await asyncio.to_thread(lambda: list(room.index.records()))}
         async with _heartbeat(request.id, tally, send):
             keys = room.store.keys()
             while batch := await asyncio.to_thread(lambda: list(islice(keys, 64))):
@@ -299,7 +307,7 @@ class Jobs:
         """Run a generator of freed byte counts in a thread, a slice at a time, so that it can be cancelled."""
         steps = iter(freed)
         while batch := await asyncio.to_thread(lambda: list(islice(steps, 256))):
-            tally.done += len(batch)
+            tally.done += sum(1 for count in batch if count)
             tally.bytes += sum(batch)
             self._room.capacity.free(sum(batch))
 

@@ -60,8 +60,8 @@ class LargeObjects:
 
     async def need(self, attachment: Attachment, request: Need, entry: Entry) -> Place:
         """Bytes [offset, offset+length) readable: the whole blob, a block in transit, or a part."""
-        name = self._name(attachment, entry)
-        subject = self._subject(name, entry)
+        name = part_name(attachment.identity, entry.path, entry.version)
+        subject = self._subject(attachment, name, entry)
         if request.length is None:
             return await self._whole(attachment, request, subject, name)
         first = min(request.offset, entry.size - 1) // BLOCK_SIZE
@@ -94,10 +94,13 @@ class LargeObjects:
             raise CacheError(f"{subject.entry.path}: could not be completed on disk; see the fetcher's log")
         return stored
 
-    def _name(self, attachment: Attachment, entry: Entry) -> str:
-        return version_ref(f"{attachment.identity}\0{entry.path}", entry.version)
+    def _note(self, attachment: Attachment, entry: Entry) -> None:
+        """Let the index know that some of an object is stored (key b"" = not all), so that it can be evicted."""
+        if self._room.index.known(attachment.identity, entry.path, entry.version) is None:
+            known = Known(b"", entry.size, entry.mtime_ns, entry.version, entry.path, attachment.dataset)
+            self._room.index.learn(attachment.identity, known)
 
-    def _subject(self, name: str, entry: Entry) -> _Object:
+    def _subject(self, attachment: Attachment, name: str, entry: Entry) -> _Object:
         subject = self._open.get(name)
         if subject is None:
             try:
@@ -105,6 +108,8 @@ class LargeObjects:
             except CacheError as error:
                 log.warning("%s: cannot be stored by block (%s); it streams through", entry.path, error)
                 part = None
+            if part is not None:
+                self._note(attachment, entry)
             subject = self._open[name] = _Object(part, entry)
             while len(self._open) > OPEN_PARTS:
                 self._open.popitem(last=False)
@@ -155,7 +160,7 @@ class LargeObjects:
 
     async def _store(self, attachment: Attachment, part: Part, block: int, data: bytes) -> bool:
         try:
-            reserved = await self._objects.reserve(len(data), attachment.dataset)
+            reserved = await self._objects.reserve(len(data), attachment.dataset, part.path)
         except CacheFull:
             return False
         try:
@@ -208,6 +213,14 @@ class LargeObjects:
         self._room.index.learn(attachment.identity, known)
         return Stored(key, entry.size, entry.version, entry.mtime_ns)
 
+    def discard(self, identity: str, known: Known) -> int:
+        """Drop what is stored of an incomplete object; bytes freed. Its readers go on with their descriptors."""
+        name = part_name(identity, known.path, known.version)
+        subject = self._open.pop(name, None)
+        if subject is not None and subject.part is not None:
+            return subject.part.discard()
+        return self._room.store.discard_part(name)
+
     async def close(self) -> None:
         ahead = [task for subject in self._open.values() for task in subject.ahead]
         for task in ahead:
@@ -215,6 +228,11 @@ class LargeObjects:
         await asyncio.gather(*ahead, return_exceptions=True)
         await self._flights.close()
         await self._finishing.close()
+
+
+def part_name(identity: str, path: str, version: str) -> str:
+    """Under which name the store keeps what it has of an incomplete object."""
+    return version_ref(f"{identity}\0{path}", version)
 
 
 def _span(first: int, last: int, size: int) -> tuple[int, int]:

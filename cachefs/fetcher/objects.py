@@ -12,11 +12,12 @@ import logging
 import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 from cachefs import datasets
 from cachefs.config import CacheConfig
-from cachefs.digest import BLOCK_SIZE, snapshot_ref, version_ref
+from cachefs.digest import BLOCK_SIZE, content_key, snapshot_ref, version_ref
 from cachefs.errors import CacheError, CacheFull, StaleObject
 from cachefs.fetcher.attachments import Attachment, Attachments
 from cachefs.fetcher.capacity import Capacity, allocated
@@ -117,7 +118,7 @@ class Objects:
         """The object if its bytes are on disk and right, linked under `refs`."""
         room = self.room
         known = room.index.known(attachment.identity, request.path, version)
-        if known is None:
+        if known is None or not known.key:
             return None
         sealed = any(room.reader.file(*ref) for ref in refs) and not request.damaged
         if not sealed:
@@ -215,8 +216,8 @@ class Objects:
         """Store what was fetched, or let it pass through memory when it cannot be stored."""
         room = self.room
         try:
-            reserved = await self.reserve(len(data), attachment.dataset)
-        except CacheFull:
+            reserved = await self.reserve(len(data), attachment.dataset, room.store.path(content_key(data)))
+        except CacheError:  # full, or no directory works any more
             return self._pass(attachment, entry, data)
         try:
             key = await asyncio.to_thread(room.store.put, data, links=refs)
@@ -242,11 +243,11 @@ class Objects:
         self.room.transit.put((attachment.identity, entry.path, entry.version), transit)
         return transit
 
-    async def reserve(self, count: int, dataset: str) -> int:
-        """Room for `count` bytes, taken from idle datasets if need be. Raises CacheFull."""
+    async def reserve(self, count: int, dataset: str, file: Path) -> int:
+        """Room for `count` bytes of `file`, taken from idle datasets if need be. Raises CacheFull."""
         room = self.room
         await room.scanned.wait()
-        directory = room.config.home
+        directory = next((d for d in room.config.dirs if file.is_relative_to(d)), room.config.home)
         try:
             return room.capacity.reserve(count, directory)
         except CacheFull:

@@ -22,6 +22,7 @@ from cachefs.fetcher.attachments import Attachment
 from cachefs.fetcher.jobs import Jobs
 from cachefs.fetcher.large import LargeObjects, Place
 from cachefs.fetcher.objects import Objects, Room, Stored
+from cachefs.fetcher.settings import remember_size
 from cachefs.fetcher.transit import Transit
 from cachefs.messages import (
     PROTOCOL,
@@ -68,7 +69,7 @@ class Service:
         self.room = room
         self.objects = Objects(room)
         self.large = LargeObjects(self.objects)
-        self.jobs = Jobs(room, self.bytes_of)
+        self.jobs = Jobs(room, self.bytes_of, self.large.discard)
         self.over = asyncio.Event()
         self.started = time.time()
         self._connections: set[_Connection] = set()
@@ -181,6 +182,15 @@ class Service:
         self.room.counters.origin_requests += 1
         return await attachment.origin.head(path)
 
+    def limit(self, size: int) -> None:
+        """Give the cache another size, as the last one who says so wants it, and remember it for later fetchers."""
+        capacity = self.room.capacity
+        if size == capacity.limit:
+            return
+        log.info("size: %s bytes (was %s)", size, capacity.limit)
+        capacity.limit = size
+        remember_size(self.room.config.home, size)
+
     def status(self) -> dict[str, object]:
         capacity = self.room.capacity
         return {
@@ -189,7 +199,7 @@ class Service:
             "home": str(self.room.config.home),
             "dirs": [str(d) for d in self.room.config.dirs],
             "out": {str(d): why for d, why in self.room.store.out.items()},
-            "size": self.room.config.size,
+            "size": capacity.limit,
             "min_free": str(self.room.config.min_free),
             "used": capacity.used,
             "reserved": capacity.reserved,
@@ -265,6 +275,8 @@ class _Connection:
                         f"this fetcher speaks protocol {PROTOCOL}, the reader {request.protocol}: they are different "
                         "versions of cachefs; stop the fetcher (`cachefs stop`) or upgrade the reader"
                     )
+                if request.size is not None:
+                    service.limit(request.size)
                 self.reply(Welcome(id=request.id, protocol=PROTOCOL, pid=os.getpid()))
             case Attach():
                 attachment = service.room.attachments.attach(request)
