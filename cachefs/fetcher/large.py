@@ -64,6 +64,8 @@ class LargeObjects:
         subject = self._subject(attachment, name, entry)
         if request.length is None:
             return await self._whole(attachment, request, subject, name)
+        if request.length == 0 and subject.part is not None and not subject.part.complete:
+            return str(subject.part.path), 0, 0, entry.size, entry.version  # opened, not read: nothing is fetched
         first = min(request.offset, entry.size - 1) // BLOCK_SIZE
         last = max(request.offset, min(entry.size, request.offset + request.length) - 1) // BLOCK_SIZE
         sequential = first in (subject.last, subject.last + 1) and first > 0
@@ -196,22 +198,24 @@ class LargeObjects:
     async def _finish(self, attachment: Attachment, request: Need, subject: _Object, name: str) -> Stored | None:
         """Turn the complete part into a blob, once, and link it where this reader looks."""
         stored = await self._finishing.join(name, lambda: self._publish(attachment, request, subject, name))
-        if stored is not None:
-            await asyncio.to_thread(self._room.store.link, stored.key, self._objects.refs(attachment, request))
+        refs = self._objects.refs(attachment, request)
+        if stored is not None and stored.refs != refs:
+            await asyncio.to_thread(self._room.store.link, stored.key, refs)
         return stored
 
     async def _publish(self, attachment: Attachment, request: Need, subject: _Object, name: str) -> Stored | None:
         entry = subject.entry
         assert subject.part is not None
+        refs = self._objects.refs(attachment, request)
         try:
-            key = await asyncio.to_thread(subject.part.finish, self._objects.refs(attachment, request))
+            key = await asyncio.to_thread(subject.part.finish, refs)
         except CacheError as error:
             log.warning("%s: cannot be completed (%s)", entry.path, error)
             return None
         self._open.pop(name, None)
         known = Known(key, entry.size, entry.mtime_ns, entry.version, entry.path, attachment.dataset)
         self._room.index.learn(attachment.identity, known)
-        return Stored(key, entry.size, entry.version, entry.mtime_ns)
+        return self._objects.stored(known, refs)
 
     def discard(self, identity: str, known: Known) -> int:
         """Drop what is stored of an incomplete object; bytes freed. Its readers go on with their descriptors."""

@@ -41,13 +41,19 @@ _MD5_ETAG = re.compile(r"[0-9a-f]{32}(-\d+)?")
 EVICT_AT_LEAST = 64 * 1024 * 1024
 
 
+# (dataset, ref) pairs: where a reader looks for an object.
+Refs = tuple[tuple[str, str], ...]
+
+
 class Stored(NamedTuple):
-    """An object that is on disk, whole. key: 16 bytes of content key."""
+    """An object that is on disk, whole. key: 16 bytes of content key. file: where. refs: under which it is linked."""
 
     key: bytes
     size: int
     version: str
     mtime_ns: int
+    file: str
+    refs: Refs
 
 
 class Room:
@@ -74,11 +80,15 @@ class Objects:
         self._flights: Flights[Stored | Transit | Entry] = Flights()
         self._evicting = asyncio.Lock()
 
-    def refs(self, attachment: Attachment, request: Need) -> list[tuple[str, str]]:
-        """(dataset, ref) under which the reader that asks will look for the object."""
+    def refs(self, attachment: Attachment, request: Need) -> Refs:
+        """Where the reader that asks will look for the object."""
         if request.version:
-            return [(attachment.dataset, version_ref(request.path, request.version))]
-        return [(attachment.dataset, snapshot_ref(request.path, attachment.snapshot))]
+            return ((attachment.dataset, version_ref(request.path, request.version)),)
+        return ((attachment.dataset, snapshot_ref(request.path, attachment.snapshot)),)
+
+    def stored(self, known: Known, refs: Refs) -> Stored:
+        file = str(self.room.store.path(known.key))
+        return Stored(known.key, known.size, known.version, known.mtime_ns, file, refs)
 
     async def version_of(self, attachment: Attachment, request: Need) -> tuple[str, int]:
         """(version, size) that this reader's snapshot serves; ("", -1) when it was never seen."""
@@ -107,14 +117,12 @@ class Objects:
         # Readers of different snapshots may mean different versions while the version is still unknown.
         key = (attachment.identity, request.path, version, "" if version else (attachment.dataset, attachment.snapshot))
         result = await self._flights.join(key, lambda: self._fetch(attachment, request, version, refs, priority))
-        if isinstance(result, Stored) and not any(self.room.reader.file(*ref) for ref in refs):
+        if isinstance(result, Stored) and result.refs != refs:
             # Whoever joined the flight may look for the object under another ref than whoever started it.
             await asyncio.to_thread(self.room.store.link, result.key, refs)
         return result
 
-    async def _stored(
-        self, attachment: Attachment, request: Need, version: str, refs: list[tuple[str, str]]
-    ) -> Stored | None:
+    async def _stored(self, attachment: Attachment, request: Need, version: str, refs: Refs) -> Stored | None:
         """The object if its bytes are on disk and right, linked under `refs`."""
         room = self.room
         known = room.index.known(attachment.identity, request.path, version)
@@ -132,16 +140,16 @@ class Objects:
                 return None
         room.counters.stored += 1
         self._see(attachment, request, version, known.size, known.mtime_ns)
-        return Stored(known.key, known.size, version, known.mtime_ns)
+        return self.stored(known, refs)
 
-    def _linked(self, version: str, refs: list[tuple[str, str]]) -> Stored | None:
+    def _linked(self, version: str, refs: Refs) -> Stored | None:
         """The object if its ref is there though the index does not know it: a batch of the index was lost."""
         for dataset, ref in refs:
             file = self.room.reader.file(dataset, ref)
             key = self.room.store.key_of(dataset, ref) if file else None
             if file and key and self.room.store.has(key):
                 self.room.counters.stored += 1
-                return Stored(key, os.stat(file).st_size, version, 0)
+                return Stored(key, os.stat(file).st_size, version, 0, file, refs)
         return None
 
     def _damaged(self, attachment: Attachment, known: Known) -> None:
@@ -157,7 +165,7 @@ class Objects:
                 self.room.index.see(attachment.dataset, attachment.snapshot, request.path, seen)
 
     async def _fetch(
-        self, attachment: Attachment, request: Need, version: str, refs: list[tuple[str, str]], priority: int
+        self, attachment: Attachment, request: Need, version: str, refs: Refs, priority: int
     ) -> Stored | Transit | Entry:
         room = self.room
         if request.size > BLOCK_SIZE:
@@ -191,9 +199,7 @@ class Objects:
             self.room.counters.origin_errors += 1
             raise
 
-    async def _recognise(
-        self, attachment: Attachment, request: Need, version: str, refs: list[tuple[str, str]]
-    ) -> Stored | None:
+    async def _recognise(self, attachment: Attachment, request: Need, version: str, refs: Refs) -> Stored | None:
         """A renamed or copied object whose content is stored: found by what S3 says of the content."""
         hint = content_hint(attachment, version)
         if hint is None or request.size < 0:
@@ -208,15 +214,15 @@ class Objects:
             return None
         known = Known(key, request.size, 0, version, request.path, attachment.dataset)
         self.room.index.learn(attachment.identity, known)
-        return Stored(key, request.size, version, 0)
+        return self.stored(known, refs)
 
-    async def keep(
-        self, attachment: Attachment, entry: Entry, data: bytes, refs: list[tuple[str, str]]
-    ) -> Stored | Transit:
+    async def keep(self, attachment: Attachment, entry: Entry, data: bytes, refs: Refs) -> Stored | Transit:
         """Store what was fetched, or let it pass through memory when it cannot be stored."""
         room = self.room
         try:
-            reserved = await self.reserve(len(data), attachment.dataset, room.store.path(content_key(data)))
+            several = len(room.config.dirs) > 1  # only then does it matter where the key leads
+            file = room.store.path(content_key(data)) if several else room.config.home
+            reserved = await self.reserve(len(data), attachment.dataset, file)
         except CacheError:  # full, or no directory works any more
             return self._pass(attachment, entry, data)
         try:
@@ -234,7 +240,7 @@ class Objects:
         room.index.learn(attachment.identity, known)
         if hint := content_hint(attachment, entry.version):
             room.index.learn_content(hint, entry.size, key)
-        return Stored(key, entry.size, entry.version, entry.mtime_ns)
+        return self.stored(known, refs)
 
     def _pass(self, attachment: Attachment, entry: Entry, data: bytes) -> Transit:
         self.room.counters.streamed += 1
