@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cachefs.config import CacheConfig as CacheConfig
+    from cachefs.filesystem import CacheFileSystem as CacheFileSystem
 
-__all__ = ["CacheConfig", "__version__"]
+__all__ = ["CacheConfig", "CacheFileSystem", "__version__"]
 
 __version__ = "0.1.0"
 
@@ -21,4 +22,8 @@ def __getattr__(name: str) -> Any:
         from cachefs.config import CacheConfig
 
         return CacheConfig
+    if name == "CacheFileSystem":
+        from cachefs.filesystem import CacheFileSystem
+
+        return CacheFileSystem
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,14 +16,14 @@ import subprocess
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from cachefs_sidecar.testbed import S3Server, Throttle, stop_fetcher
-from cachefs_sidecar.testbed.server import s3_options
+from tests.machine import Bucket, ThrottledBucket, why_no_fuse
+
+__all__ = ["Bucket", "ThrottledBucket"]  # for the annotations of tests
 
 # Every process that a test starts, however detached, inherits this variable, and is found by it.
 TAG = "CACHEFS_TEST_RUN"
@@ -33,8 +33,6 @@ LEAVING_SECONDS = 5.0
 
 # Credentials and settings of whoever runs the tests must not change what they show.
 FOREIGN = ("AWS_", "AZURE_", "CACHEFS_", "FSSPEC_", "GCS_", "GOOGLE_", "S3FS_", "STORAGE_")
-
-CAP_SYS_ADMIN = 21
 
 _buckets = itertools.count(1)
 
@@ -58,65 +56,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
-def why_no_fuse() -> str:
-    """What keeps this machine from mounting; "" when nothing does."""
-    try:
-        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
-    except OSError as error:
-        return f"/dev/fuse: {error.strerror}"
-    status = Path("/proc/self/status").read_text()
-    capabilities = int(status.split("CapEff:")[1].split()[0], 16)
-    if capabilities >> CAP_SYS_ADMIN & 1 or shutil.which("fusermount3"):
-        return ""
-    return "mounting needs CAP_SYS_ADMIN or fusermount3 (package fuse3)"
-
-
 # --- storage ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """A bucket of the S3 server and the directory behind it. options: as s3fs and cachefs take them."""
-
-    name: str
-    folder: Path
-    endpoint: str
-    server: S3Server
-
-    @property
-    def url(self) -> str:
-        return f"s3://{self.name}"
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return s3_options(self.endpoint, self.server.options["key"], self.server.options["secret"])
-
-    def put(self, key: str, data: bytes) -> str:
-        """Make or replace an object, at once and whole; returns its path, bucket/key."""
-        file = self.folder / key
-        file.parent.mkdir(parents=True, exist_ok=True)
-        # Replaced, never rewritten: an answer that is under way keeps the bytes that it began with.
-        temporary = self.folder.parent.parent / f"put-{uuid.uuid4().hex}"
-        temporary.write_bytes(data)
-        temporary.replace(file)
-        return f"{self.name}/{key}"
-
-    def delete(self, key: str) -> None:
-        (self.folder / key).unlink()
-
-
-@dataclass(frozen=True)
-class ThrottledBucket(Bucket):
-    """A bucket seen through a throttle (latency 0 unless a test sets it)."""
-
-    throttle: Throttle = field(kw_only=True)
-
-    @property
-    def reads(self) -> dict[str, int]:
-        """GETs by key, ranged ones too."""
-        prefix = self.name + "/"
-        objects = self.throttle.traffic().objects
-        return {path.removeprefix(prefix): n for path, n in objects.items() if path.startswith(prefix)}
 
 
 @pytest.fixture(scope="session")
@@ -201,18 +141,22 @@ def _left_processes(before: set[int]) -> dict[int, str]:
     tag = f"{TAG}={os.environ[TAG]}".encode()
     left: dict[int, str] = {}
     for pid in set(_pids()) - before:
-        try:
-            environ = Path(f"/proc/{pid}/environ").read_bytes()
-            command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
-        except OSError:
-            continue  # it has ended, or is not ours
-        ours = int(parent) == os.getpid()
+        parent = _proc(pid, "stat").rpartition(b")")[2].split()[1:2]  # after the name come state and parent
+        ours = parent == [str(os.getpid()).encode()]
+        command = _proc(pid, "cmdline").replace(b"\0", b" ").decode(errors="replace")
         # These two serve every later use of multiprocessing in this process and end with it.
         lasting = "multiprocessing.resource_tracker" in command or "multiprocessing.forkserver" in command
-        if (tag in environ or ours) and not (ours and lasting):
-            left[pid] = command or f"(zombie, state {state})"
+        if (ours or tag in _proc(pid, "environ")) and not (ours and lasting):
+            left[pid] = command or "a zombie"
     return left
+
+
+def _proc(pid: int, name: str) -> bytes:
+    """b"" for a process that has ended, and for what is not ours to read."""
+    try:
+        return Path(f"/proc/{pid}/{name}").read_bytes()
+    except OSError:
+        return b""
 
 
 def _mounts_below(folder: Path) -> list[str]:

@@ -132,7 +132,7 @@ def test_a_killed_fetcher_is_replaced_and_the_reads_complete(throttled, cache_di
     connection = Connection(config(cache_dir), s3(throttled))
     connection.attach()
     stop = threading.Event()
-    killed = []
+    killed: list[int] = []
 
     def kill() -> None:
         while len(killed) < 5 and not stop.wait(0.3):

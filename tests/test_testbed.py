@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -295,3 +296,39 @@ def test_stop_fetcher_ends_the_fetcher_and_nothing_else(tmp_path):
     (run / "fetcher.lock").write_text(f"{os.getpid()}\n")  # a pid that now belongs to somebody else
     assert fetcher_pid(tmp_path) is None
     assert not stop_fetcher(tmp_path)
+
+
+# --- the watch over what tests leave ------------------------------------------------------------------------------
+
+LEAKY = """
+import os, subprocess, sys
+from tests.conftest import nothing_left_behind
+
+def test_detached():
+    # Detached as a fetcher is: its parent has ended, and it has a session of its own.
+    script = "import os, time; os.setsid(); os.fork() and os._exit(0); time.sleep(60)"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+def test_zombie():
+    if os.fork() == 0:
+        os._exit(0)
+
+def test_clean():
+    subprocess.run([sys.executable, "-c", ""], check=True)
+"""
+
+
+def test_a_test_that_leaves_processes_fails(tmp_path):
+    (tmp_path / "test_leaky.py").write_text(LEAKY)
+    (tmp_path / "conftest.py").write_text(
+        "import tests.conftest; from tests.conftest import pytest_configure; tests.conftest.LEAVING_SECONDS = 0.2\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
+    root = str(Path(__file__).resolve().parents[1])
+    done = subprocess.run(
+        [*command, "-o", f"pythonpath={root}", str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert "3 passed, 2 errors" in done.stdout, done.stdout
+    for name, left in (("detached", r"time\.sleep"), ("zombie", "a zombie")):
+        assert re.search(rf"the test left behind process \d+: .*{left}", done.stdout)
+        assert f"ERROR test_leaky.py::test_{name}" in done.stdout

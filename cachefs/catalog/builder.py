@@ -16,14 +16,15 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cachefs.catalog import names
 from cachefs.catalog.catalog import Catalog
-from cachefs.catalog.format import APPLICATION_ID, FORMAT, ROOT, SCHEMA, Row, Summary
+from cachefs.catalog.format import APPLICATION_ID, DAMAGE, FORMAT, ROOT, SCHEMA, Row, Summary
 from cachefs.catalog.staging import CACHE_KIB, Staging
 from cachefs.errors import CacheError, CacheFSError, CatalogError
 
@@ -114,7 +115,7 @@ class Builder:
         except BaseException as error:
             self._sealing.unlink(missing_ok=True)
             self._staging.rollback()
-            if isinstance(error, sqlite3.Error):
+            if isinstance(error, DAMAGE):
                 raise self._staging.failed(error, "finishing it") from error
             if isinstance(error, OSError) and not isinstance(error, CacheError):
                 text = os.strerror(error.errno or errno.EIO)
@@ -135,8 +136,8 @@ class Builder:
             )
             target.execute("BEGIN")
             numbering = _Numbering(self._staging, previous, self._last_id)
-            rows = self._until_cancelled(numbering.rows())
-            target.executemany("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+            with closing(numbering.rows()) as rows:
+                target.executemany("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?)", self._until_cancelled(rows))
             target.executemany("INSERT INTO skipped VALUES (?, ?)", self._staging.skipped())
             (skipped,) = target.execute("SELECT count(*) FROM skipped").fetchone()
             summary = numbering.summary(self._identity, self._root, skipped)
@@ -165,36 +166,37 @@ class _Numbering:
         self._sizes = _Median()
         self._digest = blake2b(digest_size=16)
 
-    def rows(self) -> Iterator[Numbered]:
+    def rows(self) -> Generator[Numbered, None, None]:
         """Rows of the catalog's table `entries`."""
         at: tuple[int, bytes] | None = None
         parent = 0
         directory_name: bytes | None = None
         former: _Former | None = None
         hash_ = self._digest.update
-        for depth, folder, name, file, size, mtime_ns, version in self._staging.rows():
-            if (depth, folder) != at:
-                at = (depth, folder)
-                directory_name = None
-                parent, former = self._enter(depth, folder)
-            if file:
-                if name == directory_name:
-                    self._staging.skip(folder, name, names.BESIDE_DIRECTORY)
-                    continue
-                id = former.file(name, version, size) if former else 0
-                if not id:
-                    id = self._last_id = self._last_id + 1
-                self._files += 1
-                self._bytes += size
-                self._sizes.add(size)
-                content = version.encode()
-                hash_(b"f%b\0%d %d\0%b" % (name, size, len(content), content))
-            else:
-                directory_name = name
-                self._directories += 1
-                id = self._directory(depth, folder, name, former)
-                hash_(b"d%b\0" % name)
-            yield id, parent, name, 1 - file, size, mtime_ns, version
+        with closing(self._staging.rows()) as staged:  # an open cursor would keep the file locked after an error
+            for depth, folder, name, file, size, mtime_ns, version in staged:
+                if (depth, folder) != at:
+                    at = (depth, folder)
+                    directory_name = None
+                    parent, former = self._enter(depth, folder)
+                if file:
+                    if name == directory_name:
+                        self._staging.skip(folder, name, names.BESIDE_DIRECTORY)
+                        continue
+                    id = former.file(name, version, size) if former else 0
+                    if not id:
+                        id = self._last_id = self._last_id + 1
+                    self._files += 1
+                    self._bytes += size
+                    self._sizes.add(size)
+                    content = version.encode()
+                    hash_(b"f%b\0%d %d\0%b" % (name, size, len(content), content))
+                else:
+                    directory_name = name
+                    self._directories += 1
+                    id = self._directory(depth, folder, name, former)
+                    hash_(b"d%b\0" % name)
+                yield id, parent, name, 1 - file, size, mtime_ns, version
 
     def _enter(self, depth: int, folder: bytes) -> tuple[int, _Former | None]:
         """The id of the directory whose entries come next, and its entries of the previous catalog."""

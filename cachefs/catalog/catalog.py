@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from urllib.parse import quote
 
-from cachefs.catalog.format import ROOT, Row, Summary, check_header, prefix_of
+from cachefs.catalog.format import DAMAGE, ROOT, Row, Summary, check_header, prefix_of
 from cachefs.errors import CatalogError, ObjectNotFound
 
 # Measured with a million entries: lookups in directories in use take 3 us with 4 MiB and more, 5 us with 2 MiB.
@@ -36,6 +36,8 @@ _CHILDREN = (
 )
 
 RawRow = tuple[int, int, bytes, int, int, int, str]
+
+_SUMMARY_TYPES = (str, str, str, int, int, int, int, int, float, int)
 
 _new_tuple = tuple.__new__
 
@@ -72,7 +74,7 @@ class Catalog:
                 isolation_level=None,
                 check_same_thread=False,
             )
-        except sqlite3.Error as error:
+        except DAMAGE as error:
             raise CatalogError(f"catalog {file}: {error}", path=str(file)) from error
         try:
             connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
@@ -82,8 +84,10 @@ class Catalog:
             rows = connection.execute(f"SELECT {', '.join(Summary._fields)} FROM summary").fetchall()  # noqa: S608
             if len(rows) != 1:
                 raise CatalogError(f"catalog {file}: was never finished; list the dataset again", path=str(file))
+            if tuple(map(type, rows[0])) != _SUMMARY_TYPES:
+                raise CatalogError(f"catalog {file}: damaged; list the dataset again", path=str(file))
             return cls(file, connection, Summary._make(rows[0]))
-        except sqlite3.Error as error:
+        except DAMAGE as error:
             connection.close()
             raise CatalogError(f"catalog {file}: {error}; list the dataset again", path=str(file)) from error
         except BaseException:
@@ -94,7 +98,7 @@ class Catalog:
         """The entry `name` of directory `parent`."""
         try:
             raw = self._select(_LOOKUP, (parent, name)).fetchone()
-        except sqlite3.Error as error:
+        except DAMAGE as error:
             raise self._failed(error) from error
         except OverflowError:  # a number that no entry has: SQLite's are 63 bits
             return None
@@ -107,7 +111,7 @@ class Catalog:
         """The entry with this inode number."""
         try:
             raw = self._select(_GET, (id,)).fetchone()
-        except sqlite3.Error as error:
+        except DAMAGE as error:
             raise self._failed(error) from error
         except OverflowError:
             return None
@@ -119,8 +123,8 @@ class Catalog:
     def children(self, parent: int, after: int = 0, limit: int = 1000) -> list[Row]:
         """At most `limit` entries of directory `parent` with ids above `after`, in id order."""
         try:
-            return [_row(raw) for raw in self._connection.execute(_CHILDREN, (parent, after, limit))]
-        except sqlite3.Error as error:
+            return [_row(raw) for raw in self._connection.execute(_CHILDREN, (parent, max(after, parent), limit))]
+        except DAMAGE as error:
             raise self._failed(error) from error
         except OverflowError:
             return []
@@ -129,8 +133,10 @@ class Catalog:
         """All entries of directory `parent` in the byte order of their names, streaming."""
         try:
             for raw in self._connection.execute(_NAMED, (parent,)):
+                if type(raw[2]) is not bytes:
+                    raise self._failed("a name is not text")
                 yield _row(raw)
-        except sqlite3.Error as error:
+        except DAMAGE as error:
             raise self._failed(error) from error
 
     def object_path(self, id: int) -> str:
@@ -165,8 +171,8 @@ class Catalog:
         return known
 
     def find(self, path: str) -> Row | None:
-        """The entry at a full object path; a slash at the end is ignored."""
-        if path.rstrip("/") == self.summary.root.rstrip("/"):
+        """The entry at a full object path; one slash at the end is ignored."""
+        if path in (self.summary.root, self._prefix):
             return self.get(ROOT)
         if not path.startswith(self._prefix):
             return None
@@ -208,7 +214,7 @@ class Catalog:
                 open_folders.pop()
 
     def _each_child(self, parent: int) -> Iterator[Row]:
-        after = parent  # children have larger ids
+        after = parent
         while page := self.children(parent, after, _PAGE):
             yield from page
             after = page[-1].id
@@ -221,7 +227,7 @@ class Catalog:
         try:
             for name, reason in self._connection.execute("SELECT name, reason FROM skipped ORDER BY name"):
                 yield name.decode("utf-8", "surrogatepass"), reason
-        except (sqlite3.Error, UnicodeDecodeError, AttributeError) as error:
+        except (*DAMAGE, AttributeError) as error:
             raise self._failed(error) from error
 
     def close(self) -> None:

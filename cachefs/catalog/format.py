@@ -115,7 +115,11 @@ def check_header(file: Path) -> None:
 _DISK = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM)
 
 
-def translated(error: sqlite3.Error, file: Path, doing: str) -> CacheError:
+# What Python's sqlite3 raises for a damaged file. (It decodes error messages, which may quote damaged bytes.)
+DAMAGE = (sqlite3.Error, UnicodeDecodeError)
+
+
+def translated(error: Exception, file: Path, doing: str) -> CacheError:
     """CacheFull when there was no room, CacheError when the disk failed or refused, else CatalogError: damaged."""
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
     if code == sqlite3.SQLITE_FULL:

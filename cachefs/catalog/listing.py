@@ -54,7 +54,9 @@ class Lister(Protocol):
 
     def list_level(self, path: str) -> AsyncIterator[list[Entry]]: ...
 
-    def list_all(self, path: str, *, after: str = "") -> AsyncIterator[list[Entry]]: ...
+    def list_all(self, path: str, *, after: str = "") -> AsyncIterator[list[Entry]]:
+        """In key order at least where directories can have the names in _AMBIGUOUS."""
+        ...
 
 
 async def build(
@@ -184,19 +186,15 @@ class _Listing:
     async def _ambiguous(self, folder: str) -> None:
         """Take what is below directories named "", "." and "..", to be listed as skipped.
 
-        Their paths cannot be asked for: a client or server may resolve `bucket/..` and answer with something else.
+        Their paths are not asked for: a client or server may resolve `bucket/..` and answer with something else.
         In key order their contents lie between "." and "0", the character after "/", so they are found from above.
         """
         prefix = prefix_of(folder)
         wanted = tuple(f"{prefix}{name}/" for name in _AMBIGUOUS)
-        last, ordered = "", True
         async with _closing(self._origin.list_all(folder, after=prefix + ".")) as pages:
             async for page in pages:
                 await self._take([entry for entry in page if entry.path.startswith(wanted)])
-                for entry in page:
-                    ordered = ordered and last <= entry.path
-                    last = entry.path
-                if ordered and last >= prefix + "0":
+                if page and page[-1].path >= prefix + "0":
                     return
 
     # --- what is below ---

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cachefs.catalog import names
-from cachefs.catalog.format import translated
+from cachefs.catalog.format import DAMAGE, translated
 from cachefs.errors import CacheError, CatalogError
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ class Staging:
         self._skipped: list[tuple[bytes, str]] = []
         self._folders_known: set[tuple[int, bytes]] = set()
         self._damaged = False
+        self._lost = False  # SQLite took back what came after the last commit
         self._closed = False
         self._database = self._open(identity, resume)
         self._committed = time.monotonic()
@@ -80,25 +81,29 @@ class Staging:
                     return database
                 self._remove_files()
             database = self._connect()
+            self._prepare(database)
             database.executescript(_SCHEMA)
             database.execute("BEGIN IMMEDIATE")
             database.execute("INSERT INTO header VALUES (?, ?, ?)", (identity, self._root, time.time()))
             database.execute("INSERT INTO entries VALUES (0, x'', x'', 0, 0, 0, '')")  # the root
             return database
-        except sqlite3.Error as error:
+        except DAMAGE as error:
             raise translated(error, self.file, "beginning a listing") from error
 
     def _connect(self) -> sqlite3.Connection:
-        database = sqlite3.connect(self.file, isolation_level=None, check_same_thread=False, timeout=0)
+        return sqlite3.connect(self.file, isolation_level=None, check_same_thread=False, timeout=0)
+
+    @staticmethod
+    def _prepare(database: sqlite3.Connection) -> None:
         database.execute("PRAGMA locking_mode = EXCLUSIVE")
         database.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
-        return database
 
     def _continue(self, identity: str, resume: bool) -> sqlite3.Connection | None:
         """The open database of an earlier run, when it can be used."""
         database = self._connect()
         try:
-            database.execute("BEGIN IMMEDIATE")  # fails here if another process has it
+            self._prepare(database)  # fails here if it is no database, or if another process has it
+            database.execute("BEGIN IMMEDIATE")
             (version,) = database.execute("PRAGMA user_version").fetchone()
             if resume and version == FORMAT:
                 found = database.execute("SELECT identity, root, committed FROM header").fetchone()
@@ -112,7 +117,7 @@ class Staging:
                     f"catalog {self.file}: another process is listing this dataset; wait for it", path=str(self.file)
                 ) from error
             # Anything else is a file of another kind or a damaged one: begin again.
-        except (sqlite3.DatabaseError, TypeError):
+        except (*DAMAGE, TypeError):
             pass  # not a database, or no header row: begin again
         database.close()
         return None
@@ -181,7 +186,7 @@ class Staging:
             found: tuple[int, int] | None = self._database.execute(
                 "SELECT objects, bytes FROM finished WHERE token = ?", (token,)
             ).fetchone()
-        except sqlite3.Error as error:
+        except DAMAGE as error:
             raise self.failed(error, "listing") from error
         return found
 
@@ -192,7 +197,8 @@ class Staging:
             self._database.execute("UPDATE header SET committed = ?", (time.time(),))
             self._database.execute("COMMIT")
             self._database.execute("BEGIN IMMEDIATE")
-        except sqlite3.Error as error:
+        except DAMAGE as error:
+            self._lost = True
             raise self.failed(error, "listing") from error
         self._committed = time.monotonic()
 
@@ -202,10 +208,10 @@ class Staging:
             if self._database.in_transaction:  # SQLite ends one by itself when the disk is full
                 self._database.execute("ROLLBACK")
             self._database.execute("BEGIN IMMEDIATE")
-        except sqlite3.Error as error:
+        except DAMAGE as error:
             raise self.failed(error, "listing") from error
 
-    def failed(self, error: sqlite3.Error, doing: str) -> CacheError:
+    def failed(self, error: Exception, doing: str) -> CacheError:
         """The error to raise for one of SQLite's. After damage this file is not kept: resuming would fail again."""
         problem = translated(error, self.file, doing)
         self._damaged = self._damaged or isinstance(problem, CatalogError)
@@ -216,13 +222,15 @@ class Staging:
             return
         try:
             self._database.executemany(statement, rows)
-        except sqlite3.Error as error:
+        except DAMAGE as error:
+            self._lost = True
             raise self.failed(error, "listing") from error
 
     # --- what seal() asks, after the last add ---
 
-    def rows(self) -> Iterator[Staged]:
-        """All entries by depth, folder and name: parents before children, siblings together, directories first."""
+    def rows(self) -> sqlite3.Cursor:
+        """All entries (`Staged`) by depth, folder and name: parents before children, siblings together, and of two
+        entries with the same name the directory first. The caller closes it."""
         return self._database.execute("SELECT * FROM entries ORDER BY depth, folder, name, file")
 
     def skip(self, folder: bytes, name: bytes, reason: str) -> None:
@@ -247,12 +255,15 @@ class Staging:
     # --- the end of it ---
 
     def close(self, *, keep: bool) -> None:
-        """Commit what was added for the next run to continue, or remove the file. Again: nothing happens."""
+        """Commit what was added for the next run to continue, or remove the file. Again: nothing happens.
+
+        After a failure the next run continues from the last commit.
+        """
         if self._closed:
             return
         self._closed = True
         try:
-            if keep and not self._damaged:
+            if keep and not self._damaged and not self._lost:
                 self.commit()
         finally:
             self._database.close()

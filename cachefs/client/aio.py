@@ -20,7 +20,6 @@ import msgspec
 from cachefs.client.launch import connect
 from cachefs.client.located import Located, open_ready
 from cachefs.client.session import FIRST_ID, RETRY_FIRST, RETRY_LAST, LostFetcher, Session, expect
-from cachefs.client.socket import receive, send
 from cachefs.config import CacheConfig
 from cachefs.errors import FetcherError, FetcherTimeout
 from cachefs.messages import (
@@ -40,6 +39,7 @@ from cachefs.messages import (
     decode_reply,
     encode,
 )
+from cachefs.packets import receive, send
 
 R = TypeVar("R", bound=Reply)
 _Answer = tuple[Reply, list[int]]
@@ -256,7 +256,7 @@ class AsyncConnection:
                 return self._current
             deadline = time.monotonic() + self.config.deadline
             # Starting a fetcher blocks, so it happens in a thread; the loop goes on serving other reads.
-            sock = await asyncio.to_thread(connect, self.config, deadline)
+            sock = await asyncio.to_thread(connect, self.config, deadline, local=self.session.local)
             line = _Line(sock, asyncio.get_running_loop())
             try:
                 await self._greet(line)

@@ -26,7 +26,6 @@ from cachefs.client.session import (
     Session,
     expect,
 )
-from cachefs.client.socket import receive, send
 from cachefs.config import CacheConfig
 from cachefs.errors import FetcherError, FetcherTimeout
 from cachefs.messages import (
@@ -55,6 +54,7 @@ from cachefs.messages import (
     decode_reply,
     encode,
 )
+from cachefs.packets import receive, send
 
 R = TypeVar("R", bound=Reply)
 OnProgress = Callable[[Progress], None]
@@ -226,7 +226,8 @@ class Connection:
         if held is not None:
             self._lines.held = None  # the parent's socket: closing our copy does not disturb it
             held[1].sock.close()
-        line = _Line(connect(self.config, deadline))
+        local = self.session is not None and self.session.local
+        line = _Line(connect(self.config, deadline, local=local))
         try:
             self._greet(line)
         except BaseException:

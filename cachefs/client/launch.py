@@ -19,19 +19,24 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from cachefs.client.socket import dial
-from cachefs.config import CacheConfig
+from cachefs.config import CacheConfig, default_cache_dir
 from cachefs.errors import CacheUnusable, FetcherError, FetcherTimeout, from_wire
+from cachefs.packets import dial
 
 # A fetcher takes about 0.3 s to start on an idle core; a loaded node at boot may need many times that.
 START_SECONDS = 30.0
 
 
-def connect(config: CacheConfig, deadline: float) -> socket.socket:
+def connect(config: CacheConfig, deadline: float, *, local: bool = False) -> socket.socket:
     """A connected socket to the fetcher of `config`, started if need be. deadline: on time.monotonic().
 
-    Raises CacheUnusable or ConfigError when the cache cannot be used, FetcherError, FetcherTimeout.
+    local: a fetcher of another process will not do. Raises CacheUnusable or ConfigError when the cache cannot be
+    used, FetcherError, FetcherTimeout.
     """
+    if config.fetcher == "inprocess":
+        from cachefs.fetcher.embedded import connect_embedded
+
+        return connect_embedded(config, deadline, local=local)
     run = config.home / "run"
     while True:
         with contextlib.suppress(FileNotFoundError, ConnectionRefusedError, BlockingIOError, TimeoutError):
@@ -52,6 +57,11 @@ def connect(config: CacheConfig, deadline: float) -> socket.socket:
 @contextlib.contextmanager
 def _starting(run: Path, deadline: float) -> Iterator[None]:
     """Hold run/start.lock. The wait has a deadline, because the holder may be stopped in a debugger."""
+    home = run.parent
+    if not home.parent.exists() and home != default_cache_dir():
+        # Made without being asked only where it is the default; anywhere else it is a mistyped path, or a disk
+        # that is not mounted, and the cache would fill the wrong one.
+        raise CacheUnusable(f"{home}: its parent directory does not exist; make it, or choose another cache directory")
     try:
         run.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = os.open(run / "start.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

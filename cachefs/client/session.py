@@ -25,7 +25,10 @@ RETRY_LAST = 0.5
 
 @dataclass(frozen=True)
 class Session:
-    """Who asks. `options` and `environ` may hold credentials: repr shows none of them."""
+    """Who asks. `options` and `environ` may hold credentials: repr shows none of them.
+
+    local: only a fetcher in this very process can read this origin.
+    """
 
     protocol: str
     options: Mapping[str, Any]
@@ -33,6 +36,7 @@ class Session:
     redacted: bool = False
     root: str = ""
     snapshot: str = ""
+    local: bool = False
 
     def __repr__(self) -> str:
         return f"Session({self.protocol!r}, root={self.root!r})"

@@ -45,6 +45,9 @@ def _say(announce: int, text: str) -> None:
 def _serve(settings: dict[str, object], announce: int) -> None:
     from cachefs.config import CacheConfig
     from cachefs.fetcher.hosting import host
+    from cachefs.origin import forget_environment
+
+    forget_environment()  # each reader brings its own credentials; those of whoever started us are not for all
 
     dirs = settings["dirs"]
     assert isinstance(dirs, list)

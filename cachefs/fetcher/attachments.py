@@ -63,6 +63,7 @@ class Attachments:
         self._home = home
         self._origins: dict[str, Origin] = {}
         self._in_use: Counter[str] = Counter()
+        self._saved: set[str] = set()
 
     def attach(self, request: Attach) -> Attachment:
         """Raises UnsupportedOrigin, ConfigError, OriginAccessDenied (credentials were left out and none known)."""
@@ -70,11 +71,19 @@ class Attachments:
         origin = self._origin(spec, request.redacted)
         record = datasets.load(self._home, origin.identity, request.root)
         if record is None:
-            record = DatasetRecord(origin.identity, request.root)
-            datasets.save(self._home, record)
+            # Not saved yet: a mistyped bucket must not stay in `cachefs status` for good.
+            url = f"{request.protocol}://{request.root}"
+            record = DatasetRecord(origin.identity, request.root, url=url)
         datasets.touch(self._home, record.id)
         self._in_use[record.id] += 1
         return Attachment(origin, record, request.snapshot or record.snapshot)
+
+    def remember(self, attachment: Attachment) -> None:
+        """Something of the dataset is stored now: keep its record."""
+        if attachment.dataset not in self._saved:
+            if datasets.load(self._home, attachment.identity, attachment.record.root) is None:
+                datasets.save(self._home, attachment.record)
+            self._saved.add(attachment.dataset)
 
     def detach(self, attachment: Attachment) -> None:
         attachment.close()

@@ -11,13 +11,13 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
-from cachefs.client.socket import SOCKET_NAME, listen
 from cachefs.config import CacheConfig
 from cachefs.errors import CacheUnusable, FetcherError
 from cachefs.fetcher.index import Index
 from cachefs.fetcher.objects import Room
 from cachefs.fetcher.service import Service
 from cachefs.fetcher.settings import remember_size, remembered_size
+from cachefs.packets import SOCKET_NAME, listen
 from cachefs.store import Store
 
 log = logging.getLogger("cachefs.fetcher")

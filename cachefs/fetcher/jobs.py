@@ -20,7 +20,7 @@ from cachefs import datasets
 from cachefs.catalog import Catalog
 from cachefs.datasets import DatasetRecord
 from cachefs.digest import snapshot_ref, version_ref
-from cachefs.errors import CacheFSError, CatalogError, FetcherError, ObjectNotFound
+from cachefs.errors import CacheFSError, CatalogError, FetcherError
 from cachefs.fetcher.attachments import Attachment
 from cachefs.fetcher.flights import Flights
 from cachefs.fetcher.index import Known
@@ -53,6 +53,9 @@ WARM_AT_ONCE = 128
 # Failures named in a reply; the rest are counted.
 NAMED_FAILURES = 100
 
+# So that a hundred of them stay within a packet of 96 KiB whatever they are called.
+NAME_LENGTH, REASON_LENGTH = 400, 300
+
 # A catalog that a mount still serves must stay, and a mount is refreshed soon after its dataset.
 KEEP_CATALOGS = 3
 
@@ -69,6 +72,19 @@ class _Tally:
     done: int = 0
     total: int = 0
     bytes: int = 0
+
+
+class _Failures:
+    """What failed and why: the first few by name, so that the reply fits into a packet, and how many in all."""
+
+    def __init__(self) -> None:
+        self.named: list[tuple[str, str]] = []
+        self.total = 0
+
+    def add(self, path: str, reason: str) -> None:
+        self.total += 1
+        if len(self.named) < NAMED_FAILURES:
+            self.named.append((path[-NAME_LENGTH:], reason[:REASON_LENGTH]))
 
 
 class Jobs:
@@ -108,7 +124,7 @@ class Jobs:
             else attachment.origin.list_level(request.path)
         )
         async for entries in pages:
-            for page in _pages(entries):
+            for page in _pages([entry for entry in entries if _is_text(entry.path)]):
                 send(Page(id=request.id, entries=page, more=True))
         send(Page(id=request.id, entries=[], more=False))
 
@@ -157,6 +173,7 @@ class Jobs:
             tally.done, tally.bytes = objects, count
 
         try:
+            await attachment.origin.check(record.root)  # a wrong address or key is said at once, not after retries
             catalog = await listing.build(
                 attachment.origin, record.root, folder / "new.sqlite", previous=previous, progress=progress
             )
@@ -200,32 +217,36 @@ class Jobs:
         tally = _Tally("objects", total=len(request.paths) if request.paths is not None else 0)
         if catalog is not None and request.paths is None:
             tally.total = catalog.summary.files
-        failed: list[tuple[str, str]] = []
-        failures = 0
+        failures = _Failures()
 
         async def one(path: str, version: str, size: int) -> None:
-            nonlocal failures
             try:
                 if not (version and self._room.reader.file(attachment.dataset, version_ref(path, version))):
                     need = Need(attachment=0, path=path, version=version, size=size)
                     await self._fetch(attachment, need, BACKGROUND)
                 tally.bytes += max(0, size)
             except CacheFSError as error:
-                failures += 1
-                if len(failed) < NAMED_FAILURES:
-                    failed.append((path, str(error)))
+                failures.add(path, str(error))
             tally.done += 1
 
         async with _heartbeat(request.id, tally, send):
-            wanted = iter(self._wanted(catalog, request.paths, failed))
+            wanted = iter(self._wanted(catalog, request.paths, failures))
             while batch := list(islice(wanted, WARM_AT_ONCE)):
                 async with asyncio.TaskGroup() as group:
                     for item in batch:
                         group.create_task(one(*item))
-        send(Done(id=request.id, count=tally.done, bytes=tally.bytes, failed=failed, failed_total=failures))
+        send(
+            Done(
+                id=request.id,
+                count=tally.done,
+                bytes=tally.bytes,
+                failed=failures.named,
+                failed_total=failures.total,
+            )
+        )
 
     def _wanted(
-        self, catalog: Catalog | None, paths: list[str] | None, failed: list[tuple[str, str]]
+        self, catalog: Catalog | None, paths: list[str] | None, failures: _Failures
     ) -> Iterator[tuple[str, str, int]]:
         if paths is None:
             assert catalog is not None
@@ -238,7 +259,7 @@ class Jobs:
                 continue
             entry = catalog.find(path)
             if entry is None or entry.directory:
-                failed.append((path, str(ObjectNotFound(f"{path}: the dataset has no such file", path=path))))
+                failures.add(path, "the dataset has no such file")
             else:
                 yield path, entry.version, entry.size
 
@@ -270,7 +291,7 @@ class Jobs:
     async def _verify(self, request: Verify, send: Send) -> None:
         room = self._room
         tally = _Tally("blobs")
-        damaged: list[tuple[str, str]] = []
+        damaged = _Failures()
         room.index.flush()
         names = {known.key: known.path for known in await asyncio.to_thread(lambda: list(room.index.records()))}
         async with _heartbeat(request.id, tally, send):
@@ -279,7 +300,7 @@ class Jobs:
                 for key in batch:
                     size = await asyncio.to_thread(self._check, key)
                     if size is None:
-                        damaged.append((names.get(key, key.hex()), "does not match its digest: dropped"))
+                        damaged.add(names.get(key, key.hex()), "does not match its digest: dropped")
                         room.counters.damaged += 1
                     tally.done += 1
                     tally.bytes += size or 0
@@ -288,8 +309,8 @@ class Jobs:
                 id=request.id,
                 count=tally.done,
                 bytes=tally.bytes,
-                failed=damaged[:NAMED_FAILURES],
-                failed_total=len(damaged),
+                failed=damaged.named,
+                failed_total=damaged.total,
             )
         )
 
@@ -326,6 +347,15 @@ async def _heartbeat(id: int, tally: _Tally, send: Send) -> AsyncIterator[None]:
         yield
     finally:
         task.cancel()
+
+
+def _is_text(path: str) -> bool:
+    """False for a local name that is not UTF-8: it cannot travel. A catalog reports such names as skipped."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _pages(entries: list[Entry]) -> Iterator[list[Entry]]:

@@ -98,6 +98,7 @@ class LargeObjects:
 
     def _note(self, attachment: Attachment, entry: Entry) -> None:
         """Let the index know that some of an object is stored (key b"" = not all), so that it can be evicted."""
+        self._room.attachments.remember(attachment)
         if self._room.index.known(attachment.identity, entry.path, entry.version) is None:
             known = Known(b"", entry.size, entry.mtime_ns, entry.version, entry.path, attachment.dataset)
             self._room.index.learn(attachment.identity, known)
@@ -125,13 +126,16 @@ class LargeObjects:
         missing = [b for b in blocks if not await self._present(subject, b)]
         if not missing:
             return None
-        async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(
-                    self._flights.join((name, b), lambda b=b: self._block(attachment, subject, b, priority))  # type: ignore[misc]
-                )
-                for b in missing
-            ]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(
+                        self._flights.join((name, b), lambda b=b: self._block(attachment, subject, b, priority))  # type: ignore[misc]
+                    )
+                    for b in missing
+                ]
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from failures  # the reader is told what failed, not that something did
         return next((t.result() for t in tasks if t.result() is not None), None)
 
     async def _present(self, subject: _Object, block: int) -> bool:
@@ -144,6 +148,8 @@ class LargeObjects:
         key = (attachment.identity, entry.path, entry.version, block)
         if (passing := self._room.transit.get(key)) is not None:
             return passing
+        if await self._present(subject, block):
+            return None  # a flight that landed between the caller's look and this one brought it
         counters = self._room.counters
         async with self._room.lanes.lane(priority):
             counters.origin_requests += 1

@@ -37,6 +37,10 @@ log = logging.getLogger("cachefs.fetcher")
 # Other origins make ETags of inode and time, which says nothing about content.
 _MD5_ETAG = re.compile(r"[0-9a-f]{32}(-\d+)?")
 
+# After a crash the store is counted anew, 3 s per million blobs; a reader waits this long before its object streams
+# through instead.
+SCAN_PATIENCE = 1.0
+
 # Eviction frees more than the one object that asked, so that the next ones find room without evicting again.
 EVICT_AT_LEAST = 64 * 1024 * 1024
 
@@ -236,6 +240,7 @@ class Objects:
             room.capacity.cancel(reserved)
             raise
         room.capacity.commit(reserved)
+        room.attachments.remember(attachment)
         known = Known(key, entry.size, entry.mtime_ns, entry.version, entry.path, attachment.dataset)
         room.index.learn(attachment.identity, known)
         if hint := content_hint(attachment, entry.version):
@@ -252,7 +257,12 @@ class Objects:
     async def reserve(self, count: int, dataset: str, file: Path) -> int:
         """Room for `count` bytes of `file`, taken from idle datasets if need be. Raises CacheFull."""
         room = self.room
-        await room.scanned.wait()
+        if not room.scanned.is_set():
+            try:
+                async with asyncio.timeout(SCAN_PATIENCE):
+                    await room.scanned.wait()
+            except TimeoutError:
+                raise CacheFull("the cache is still being counted after a crash") from None
         directory = next((d for d in room.config.dirs if file.is_relative_to(d)), room.config.home)
         try:
             return room.capacity.reserve(count, directory)

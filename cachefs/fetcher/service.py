@@ -16,13 +16,12 @@ from collections import deque
 
 import msgspec
 
-from cachefs.client.socket import peer_uid, receive, send
 from cachefs.errors import CacheFSError, FetcherError, to_wire
 from cachefs.fetcher.attachments import Attachment
 from cachefs.fetcher.jobs import Jobs
 from cachefs.fetcher.large import LargeObjects, Place
 from cachefs.fetcher.objects import Objects, Room, Stored
-from cachefs.fetcher.settings import remember_size
+from cachefs.fetcher.settings import leave_count, remember_size, take_count
 from cachefs.fetcher.transit import Transit
 from cachefs.messages import (
     PROTOCOL,
@@ -52,6 +51,7 @@ from cachefs.messages import (
     decode_request,
     encode,
 )
+from cachefs.packets import peer_uid, receive, send
 
 log = logging.getLogger("cachefs.fetcher")
 
@@ -95,6 +95,9 @@ class Service:
                 await self.room.attachments.close()
                 self.room.transit.close()
                 self.room.index.close()
+        # Everything has ended: the count is final. A crash leaves none.
+        if self.room.scanned.is_set():
+            leave_count(self.room.config.home, self.room.capacity.used)
 
     def serve(self, sock: socket.socket) -> None:
         """Take a connected reader (also used for a reader in this very process)."""
@@ -116,8 +119,12 @@ class Service:
         self._busy_until = time.monotonic()
 
     async def _scan(self) -> None:
-        usage = await asyncio.to_thread(self.room.store.usage)
-        self.room.capacity.used += usage.bytes
+        """Count what is stored, unless the last fetcher left its count."""
+        counted = take_count(self.room.config.home)
+        if counted is None:
+            await asyncio.to_thread(self.room.store.sweep)
+            counted = (await asyncio.to_thread(self.room.store.usage)).bytes
+        self.room.capacity.used += counted
         self.room.scanned.set()
 
     async def _keep_house(self) -> None:

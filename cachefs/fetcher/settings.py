@@ -1,4 +1,8 @@
-"""The size a cache was given, kept in its home: a fetcher that is started without one must not outgrow it."""
+"""What one fetcher leaves for the next in the cache's home: the size it was given, and what it counted.
+
+The size: a fetcher that is started without one must not outgrow the cache. The count: written at an orderly end and
+taken away at the next start, so that only after a crash the whole store is counted anew.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +11,38 @@ import os
 from pathlib import Path
 
 
-def _file(home: Path) -> Path:
-    return home / "settings.json"
-
-
 def remembered_size(home: Path) -> int | None:
     """Bytes, or None when the cache was never given a size (or the file is damaged: then the floor bounds it)."""
-    try:
-        size = json.loads(_file(home).read_bytes())["size"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return size if isinstance(size, int) and size >= 0 else None
+    return _read(home / "settings.json", "size")
 
 
 def remember_size(home: Path, size: int) -> None:
     """Raises OSError."""
-    temporary = _file(home).with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps({"size": size}))
-    os.replace(temporary, _file(home))
+    _write(home / "settings.json", "size", size)
+
+
+def take_count(home: Path) -> int | None:
+    """Bytes stored as the last fetcher counted them, once; None after a crash."""
+    file = home / "run" / "counted.json"
+    count = _read(file, "bytes")
+    file.unlink(missing_ok=True)
+    return count
+
+
+def leave_count(home: Path, count: int) -> None:
+    """Raises OSError."""
+    _write(home / "run" / "counted.json", "bytes", count)
+
+
+def _read(file: Path, name: str) -> int | None:
+    try:
+        value = json.loads(file.read_bytes())[name]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return value if isinstance(value, int) and value >= 0 else None
+
+
+def _write(file: Path, name: str, value: int) -> None:
+    temporary = file.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps({name: value}))
+    os.replace(temporary, file)

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from cachefs.errors import StaleObject
 from cachefs.messages import Entry
+from cachefs.origin.redaction import plain_url
 
 # Our own versions, not ETags: up to 20 digits hold any time in ns. (An S3 multipart ETag has 32 hex digits first.)
 _MTIME_SIZE = re.compile(r"-?\d{1,20}-\d{1,20}")
@@ -80,6 +81,7 @@ def require_version(found: Entry, version: str) -> None:
 
 
 def stale(path: str) -> StaleObject:
+    shown = plain_url(path) if "://" in path else path
     return StaleObject(
-        f"{path}: was replaced at the origin since it was listed; run `cachefs refresh` to see the new one", path=path
+        f"{shown}: was replaced at the origin since it was listed; run `cachefs refresh` to see the new one", path=path
     )

@@ -46,12 +46,13 @@ def _version(info: Mapping[str, Any]) -> str:
 def _nanoseconds(value: Any) -> int:
     if isinstance(value, datetime):
         moment = value if value.tzinfo else value.replace(tzinfo=UTC)
-        # Through integers: a float of seconds since 1970 is exact only to 0.2 microseconds.
         delta = moment - datetime(1970, 1, 1, tzinfo=UTC)
         return ((delta.days * 86400 + delta.seconds) * 1_000_000 + delta.microseconds) * 1000
     if isinstance(value, int | float) and not isinstance(value, bool):
         # milliseconds, as hdfs has them, are beyond the year 5000 if taken for seconds
-        return int(value * 1_000_000) if value > 1e11 else int(value * 1_000_000_000)
+        # A float of seconds since 1970 is exact to 0.24 microseconds: rounded, it equals the datetime it was made
+        # from (fsspec's memory file system gives the one in ls and the other in info).
+        return round(value * 1000) * 1000 if value > 1e11 else round(value * 1_000_000) * 1000
     if isinstance(value, str):
         try:
             return _nanoseconds(datetime.fromisoformat(value))

@@ -37,6 +37,9 @@ _THREADS = 32
 _PASSING = frozenset({errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT, errno.EINTR})
 _ATTEMPTS = 3
 
+# A link that leads nowhere or to itself, or a file removed since its directory was read.
+_NO_ENTRY = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
+
 
 class LocalOrigin:
     """Symbolic links are followed, as every reader of the path would; a link that leads nowhere, back above itself,
@@ -63,13 +66,14 @@ class LocalOrigin:
         return await self._run(path, lambda: _get_range(path, start, stop, version))
 
     async def list_level(self, path: str) -> AsyncIterator[list[Entry]]:
-        names = await self._run(path, lambda: iter(_scan(path)))
-        while page := await self._run(path, lambda: list(islice(names, PAGE))):
-            yield page
+        entries = await self._run(path, lambda: _scan(path))
+        for at in range(0, len(entries), PAGE):
+            yield entries[at : at + PAGE]
 
     async def list_all(self, path: str, *, after: str = "") -> AsyncIterator[list[Entry]]:
-        files = await self._run(path, lambda: _walk(path))
-        while page := await self._run(path, lambda: list(islice(files, PAGE))):
+        files = _walk(path)
+        # One attempt: a generator that failed is at its end, and a second attempt would take that for the listing's.
+        while page := await self._run(path, lambda: list(islice(files, PAGE)), attempts=1):
             yield [entry for entry in page if entry.path > after] if after else page
 
     async def check(self, path: str = "") -> None:
@@ -79,15 +83,15 @@ class LocalOrigin:
     async def aclose(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def _run(self, path: str, work: Callable[[], T]) -> T:
+    async def _run(self, path: str, work: Callable[[], T], attempts: int = _ATTEMPTS) -> T:
         loop = asyncio.get_running_loop()
-        for attempt in range(1, _ATTEMPTS + 1):
+        for attempt in range(1, attempts + 1):
             try:
                 return await loop.run_in_executor(self._pool, work)
             except OriginError:
                 raise
             except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-                if attempt == _ATTEMPTS or getattr(error, "errno", None) not in _PASSING:
+                if attempt == attempts or getattr(error, "errno", None) not in _PASSING:
                     # A directory deep in a listing, not its root, may be what failed.
                     raise _translate(error, self._place, getattr(error, "filename", None) or path) from error
         raise AssertionError("unreachable")
@@ -169,30 +173,27 @@ def _read(fd: int, entry: Entry, start: int, stop: int) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def _scan(path: str) -> Iterator[Entry]:
+def _scan(path: str) -> list[Entry]:
     """One level. A directory sorts as if its name ended in "/", so that walking gives object paths in key order."""
     prefix = path.rstrip("/") + "/"
-    with os.scandir(path) as found:
-        names = sorted(found, key=lambda item: item.name + "/" if item.is_dir() else item.name)
-    for item in names:
+    found: list[tuple[str, Entry]] = []
+    for name in os.listdir(path):
         try:
-            info = item.stat()
-        except FileNotFoundError:
-            continue  # a link that leads nowhere, or a file removed since
+            info = os.stat(prefix + name)
         except OSError as error:
-            if error.errno == errno.ELOOP:
+            if error.errno in _NO_ENTRY:
                 continue
             raise
         if _served(info):
-            yield _entry(prefix + item.name, info)
+            entry = _entry(prefix + name, info)
+            found.append((name + "/" if entry.directory else name, entry))
+    return [entry for _, entry in sorted(found)]
 
 
 def _walk(path: str) -> Iterator[Entry]:
     """Every file below, depth first. A directory that a link leads back into is not entered twice on one way down."""
-    root = os.stat(path)
-    if not stat.S_ISDIR(root.st_mode):
-        raise NotADirectoryError(errno.ENOTDIR, "not a directory", path)
-    levels: list[tuple[Iterator[Entry], tuple[int, int]]] = [(_scan(path), (root.st_dev, root.st_ino))]
+    info = os.stat(path)
+    levels = [(iter(_scan(path)), (info.st_dev, info.st_ino))]
     while levels:
         entry = next(levels[-1][0], None)
         if entry is None:
@@ -200,7 +201,12 @@ def _walk(path: str) -> Iterator[Entry]:
         elif not entry.directory:
             yield entry
         else:
-            info = os.stat(entry.path)
-            here = (info.st_dev, info.st_ino)
-            if all(here != above for _, above in levels):
-                levels.append((_scan(entry.path), here))
+            try:
+                info = os.stat(entry.path)
+                here = (info.st_dev, info.st_ino)
+                if all(here != above for _, above in levels):
+                    levels.append((iter(_scan(entry.path)), here))
+            except OSError as error:
+                # Removed since its parent was read: the listing goes on, its root is not what vanished.
+                if error.errno not in _NO_ENTRY:
+                    raise

@@ -11,7 +11,7 @@ import re
 from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from cachefs.errors import CacheFSError, ObjectNotFound, OriginError, UnsupportedOrigin
+from cachefs.errors import CacheFSError, IsADirectory, ObjectNotFound, OriginError, UnsupportedOrigin
 from cachefs.messages import Entry
 from cachefs.origin.contract import Origin, etag_condition, require_version, stale, version_of
 from cachefs.origin.failures import Place, obstore_error
@@ -83,6 +83,9 @@ class ObjectOrigin:
 
     async def get(self, path: str, *, version: str, limit: int) -> tuple[Entry, bytes | None]:
         bucket, key = await self._locate(path)
+        if not key:  # GET of a bucket is a listing
+            await self._directory(path)
+            raise IsADirectory(f"{self.place.url(path)}: is a bucket", path=path)
         if not self.direct(path, key):
             return await self._fallback().get(path, version=version, limit=limit)
         import obstore

@@ -97,11 +97,11 @@ class Patience:
             try:
                 return await attempt()
             except Transient as failure:
-                # Full jitter: clients that failed together must not come back together.
-                wait = random.uniform(0, pause)  # noqa: S311 - not for secrets
-                if time.monotonic() + wait > deadline:
+                left = deadline - time.monotonic()
+                if left <= 0:
                     raise failure.error from failure
-            await asyncio.sleep(wait)
+            # Full jitter: clients that failed together must not come back together.
+            await asyncio.sleep(min(left, random.uniform(0, pause)))  # noqa: S311 - not for secrets
             pause = min(LONGEST_PAUSE, pause * 2)
 
     def unreachable(self, where: str, why: str) -> OriginUnreachable:

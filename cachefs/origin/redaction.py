@@ -33,7 +33,8 @@ def without_secrets(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options less everything that looks like a secret, nested mappings included."""
     kept: dict[str, Any] = {}
     for name, value in options.items():
-        if secret_name(name) and not (value is None or isinstance(value, bool) or value in _MODES):
+        mode = value is None or isinstance(value, bool) or (isinstance(value, str) and value in _MODES)
+        if secret_name(name) and not mode:
             continue
         if isinstance(value, Mapping):
             kept[name] = without_secrets(value)

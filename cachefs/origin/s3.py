@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any, cast
 
-from cachefs.errors import ObjectNotFound, UnsupportedOrigin
+from cachefs.errors import ObjectNotFound, OriginError, UnsupportedOrigin
 from cachefs.messages import Entry
 from cachefs.origin.failures import Place
 from cachefs.origin.objects import ObjectOrigin, RangeIgnored
@@ -70,6 +70,15 @@ class S3Origin(ObjectOrigin):
                 " machine's role: install cachefs-sidecar[s3]"
             )
         return self._plain
+
+    async def head(self, path: str) -> Entry:
+        try:
+            return await super().head(path)
+        except OriginError as error:
+            if type(error) is OriginError and self._ring.ours:
+                # An answer to HEAD has no body, so a status like 400 says nothing; a listing's answer has the code.
+                await self._plain.check(path)
+            raise
 
     async def get_range(self, path: str, start: int, stop: int, *, version: str) -> bytes:
         if not self._ranges_ignored:

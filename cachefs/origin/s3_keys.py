@@ -68,6 +68,7 @@ class KeyRing:
         if os.environ.get("AWS_ACCESS_KEY_ID"):
             # obstore would sign with them, but they belong to whoever started this process, not to this user
             raise no_credentials(self._place, "")
+        self._require_instance()
         role = {ours: self._environ[name] for name, ours in _ROLE_VARIABLES.items() if self._environ.get(name)}
         return {"skip_signature": False, **role}, None
 
@@ -81,6 +82,11 @@ class KeyRing:
             "token": keys.token or None,
             "expires_at": None if static else datetime.now(UTC) + _LEASE,
         }
+
+    def _require_instance(self) -> None:
+        """Raises OriginAccessDenied where this machine must not be asked for a role."""
+        if not self._role() and self._environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
+            raise no_credentials(self._place, "")
 
     def _role(self) -> bool:
         return not self._settings.profile.dynamic and any(self._environ.get(name) for name in _ROLES)
@@ -99,8 +105,10 @@ class KeyRing:
             ):
                 if self._environ.get(variable):
                     session.set_config_variable(name, self._environ[variable])
-            if not self._settings.profile.dynamic and os.environ.get("AWS_ACCESS_KEY_ID"):
-                raise no_credentials(self._place, "")  # somebody else's, as above
+            if not self._settings.profile.dynamic:
+                self._require_instance()
+                if os.environ.get("AWS_ACCESS_KEY_ID"):
+                    raise no_credentials(self._place, "")  # somebody else's, as above
             try:
                 self._botocore = session.get_credentials()
             except Exception as error:

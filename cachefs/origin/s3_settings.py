@@ -115,7 +115,7 @@ class S3Settings:
     def client_options(self) -> dict[str, Any]:
         """For obstore. Everything is said, so that nothing is taken from the environment of this process."""
         result = self.patience.client_options() | {
-            "allow_http": self.endpoint.startswith("http://"),
+            "allow_http": self.endpoint.lower().startswith("http://"),
             "allow_invalid_certificates": self.verify is False,
         }
         if isinstance(self.verify, str):
@@ -186,7 +186,7 @@ def _endpoint(given: Mapping[str, Any], environ: Mapping[str, str], profile: Pro
         or environ.get("AWS_ENDPOINT")
         or profile.endpoint
     ).rstrip("/")
-    if endpoint and not endpoint.startswith(("http://", "https://")):
+    if endpoint and not endpoint.lower().startswith(("http://", "https://")):
         raise ConfigError(f"s3: endpoint_url {endpoint!r}: begin it with http:// or https://")
     return endpoint
 

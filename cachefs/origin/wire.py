@@ -55,6 +55,7 @@ class Wire:
         self._pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="cachefs-wire")
         self._idle: dict[tuple[str, str], list[http.client.HTTPConnection]] = {}
         self._lock = threading.Lock()
+        self._closed = False
 
     async def get(
         self,
@@ -101,6 +102,7 @@ class Wire:
     async def aclose(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
         with self._lock:
+            self._closed = True  # what is still in a thread closes its connection itself
             connections = [connection for idle in self._idle.values() for connection in idle]
             self._idle.clear()
         for connection in connections:
@@ -160,7 +162,7 @@ class Wire:
     def _give_back(self, parts: SplitResult, connection: http.client.HTTPConnection) -> None:
         with self._lock:
             idle = self._idle.setdefault((parts.scheme, parts.netloc), [])
-            if len(idle) < CONNECTIONS:
+            if len(idle) < CONNECTIONS and not self._closed:
                 idle.append(connection)
                 return
         connection.close()

@@ -108,10 +108,8 @@ class Directories:
         except CacheError:
             raise
         except OSError as error:
-            if error.errno in _FULL:
-                raise CacheFull(f"{folder.places.root}: {what}: {_reason(error)}") from error
             self.judge(folder, error, what)
-            raise CacheError(f"{folder.places.root}: {what} failed: {_reason(error)}") from error
+            raise _translated(folder, error, what) from error
 
     def tolerant(self, folder: Folder, what: str) -> Tolerant:
         """For what is looked for in every directory: in one that fails, which is taken out, it is not found."""
@@ -153,7 +151,12 @@ class Tolerant:
             return False
         if self._directories.judge(self._folder, error, self._what) or isinstance(error, FileNotFoundError):
             return True
-        raise CacheError(f"{self._folder.places.root}: {self._what} failed: {_reason(error)}") from error
+        raise _translated(self._folder, error, self._what) from error
+
+
+def _translated(folder: Folder, error: OSError, what: str) -> CacheError:
+    kind = CacheFull if error.errno in _FULL else CacheError
+    return kind(f"{folder.places.root}: {what} failed: {_reason(error)}")
 
 
 def _reason(error: OSError) -> str:

@@ -30,6 +30,9 @@ Data = bytes | bytearray | memoryview
 # for all, so that who widens the directories for a group of readers need not change each blob.
 BLOB_MODE = 0o444
 
+# What is not a blob yet is written to, after a restart too, and is nobody else's to see.
+WORKING_MODE = 0o600
+
 KEY_XATTR = "user.cachefs.key"
 
 # du(1), stat(2): st_blocks counts units of 512 bytes, whatever the file system's block size.
@@ -43,6 +46,14 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.E2BIG)
 def allocated(info: os.stat_result) -> int:
     """Bytes that a file takes on its disk."""
     return info.st_blocks * BLOCKS_UNIT
+
+
+def allocated_entry(entry: os.DirEntry[str]) -> int:
+    """The same of a file met in a scan, which may be gone by now."""
+    try:
+        return entry.stat(follow_symlinks=False).st_blocks * BLOCKS_UNIT
+    except FileNotFoundError:
+        return 0
 
 
 def write_all(fd: int, data: Data, offset: int = 0) -> None:
@@ -100,12 +111,12 @@ class Folder:
     def write_tmp(self, name: str, data: Data) -> str:
         """A sealed file of `data` in tmp/; its path."""
         path = self.tmp_name()
-        fd = self.create(path, BLOB_MODE)
+        fd = self.create(path)
         try:
             write_all(fd, data)
             self.finish(fd, name)
         except BaseException:
-            _discard(path)
+            discard(path)
             raise
         finally:
             os.close(fd)
@@ -120,22 +131,23 @@ class Folder:
                 if error.errno not in (*_NO_XATTRS, *_NO_ROOM):
                     raise
                 self._xattrs = error.errno not in _NO_XATTRS  # key_at() reads the content instead
+        os.fchmod(fd, BLOB_MODE)  # not sooner: attributes are set only of a file that may be written, but by root
         self.set_seal(fd)
 
     def set_seal(self, file: int | str) -> None:
         # atime is now: one before mtime would make every first read of a blob write its inode (relatime).
         os.utime(file, ns=(time.time_ns(), self.seal))
 
-    def create(self, path: str, mode: int) -> int:
+    def create(self, path: str) -> int:
         """A descriptor of a new file in tmp/ or parts/."""
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
-            return os.open(path, flags, mode)
+            return os.open(path, flags, WORKING_MODE)
         except FileNotFoundError:
             if not self.is_there():
                 raise
             _make_folder(os.path.dirname(path))  # somebody tidied up
-            return os.open(path, flags, mode)
+            return os.open(path, flags, WORKING_MODE)
 
     # --- blobs: under the key's lock ---
 
@@ -211,32 +223,32 @@ class Folder:
             try:
                 os.rename(new, path)
             except BaseException:
-                _discard(new)
+                discard(new)
                 raise
             return before if before != name else None
         return None
 
     def _link(self, blob: str, name: str, path: str) -> None:
-        try:
-            os.link(blob, path)
-        except FileNotFoundError:
-            os.stat(blob)  # gone: say so, before making folders for nothing
-            _make_folder(os.path.dirname(os.path.dirname(path)))
-            _make_folder(os.path.dirname(path))
-            os.link(blob, path)
-        except OSError as error:
-            if error.errno != errno.EMLINK:
-                raise
-            # 65,000 on ext4: some data sets hold more equal objects (empty ones) than that. The full inode keeps
-            # its refs; a copy takes its place in blobs/ for those to come.
-            self._renew(blob, name)
-            os.link(blob, path)
+        for _ in range(2):  # each obstacle can be met once
+            try:
+                return os.link(blob, path)
+            except FileNotFoundError:
+                os.stat(blob)  # gone: say so, before making folders for nothing
+                _make_folder(os.path.dirname(os.path.dirname(path)))
+                _make_folder(os.path.dirname(path))
+            except OSError as error:
+                if error.errno != errno.EMLINK:
+                    raise
+                # 65,000 on ext4: some data sets hold more equal objects (empty ones) than that. The full inode
+                # keeps its refs; a copy takes its place in blobs/ for those to come.
+                self._renew(blob, name)
+        return os.link(blob, path)
 
     def _renew(self, blob: str, name: str) -> None:
         with open(blob, "rb") as file:
             info = os.fstat(file.fileno())
             copy = self.tmp_name()
-            fd = self.create(copy, BLOB_MODE)
+            fd = self.create(copy)
             try:
                 offset = 0
                 while data := file.read(BLOCK_SIZE):
@@ -247,7 +259,7 @@ class Folder:
                     os.utime(fd)  # not checked since the boot, so its copy is not either
                 os.rename(copy, blob)
             except BaseException:
-                _discard(copy)
+                discard(copy)
                 raise
             finally:
                 os.close(fd)
@@ -287,7 +299,7 @@ class Folder:
                 yield entry.name
 
     def stored_entries(self) -> Iterator[os.DirEntry[str]]:
-        """Everything that takes room: blob_entries and part_entries."""
+        """Everything that takes room: blobs, .blocks files, parts and their maps."""
         yield from self.blob_entries()
         yield from self.part_entries()
 
@@ -322,7 +334,7 @@ def remove(path: str) -> int:
     return allocated(info) if info.st_nlink == 1 else 0
 
 
-def _discard(path: str) -> None:
+def discard(path: str) -> None:
     """Clean up after a failure. That one is told, not that this failed too: the next start clears tmp/."""
     with contextlib.suppress(OSError):
         os.unlink(path)

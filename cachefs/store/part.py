@@ -16,14 +16,11 @@ from typing import TYPE_CHECKING
 from cachefs.digest import BLOCK_SIZE, block_count, block_range, digest
 from cachefs.errors import CacheError, DamagedBlob
 from cachefs.store.blockmap import BlockMap
-from cachefs.store.folder import BLOB_MODE, Data, Folder, allocated, key_of, remove, write_all
+from cachefs.store.folder import WORKING_MODE, Data, Folder, allocated, discard, key_of, remove, write_all
 from cachefs.store.layout import checked_links
 
 if TYPE_CHECKING:
     from cachefs.store.writer import Store
-
-# Reopened for writing after a restart, so not read-only like a blob; and nobody else's to see until it is one.
-PART_MODE = 0o600
 
 
 class Part:
@@ -132,7 +129,6 @@ class Part:
             key = key_of(digests, self.size)
             try:
                 if not self._store.link_intact(key, links):
-                    os.fchmod(self._fd, BLOB_MODE)
                     self.folder.finish(self._fd, key.hex())
                     self._store.publish(self.folder, str(self.path), key, digests, links)
             finally:
@@ -196,7 +192,7 @@ def _open(folder: Folder, ref: str, size: int) -> tuple[int, BlockMap]:
     path, map_path = folder.places.part(ref), folder.places.map(ref)
     with contextlib.ExitStack() as undo:
         try:
-            os.chmod(path, PART_MODE)  # killed in `finish`, it may be read-only already
+            os.chmod(path, WORKING_MODE)  # killed in `finish`, it may be read-only already
             fd = _keep(undo, os.open(path, os.O_RDWR | os.O_CLOEXEC))
             blocks = BlockMap(_keep(undo, os.open(map_path, os.O_RDWR | os.O_CLOEXEC)), size, folder.seal)
             known = os.fstat(fd).st_size == size and blocks.load()
@@ -208,9 +204,11 @@ def _open(folder: Folder, ref: str, size: int) -> tuple[int, BlockMap]:
     remove(path)  # not emptied: a reader may hold the old one
     remove(map_path)
     with contextlib.ExitStack() as undo:
-        fd = _keep(undo, folder.create(path, PART_MODE))
+        undo.callback(discard, path)
+        undo.callback(discard, map_path)
+        fd = _keep(undo, folder.create(path))
         os.ftruncate(fd, size)
-        blocks = BlockMap(_keep(undo, folder.create(map_path, PART_MODE)), size, folder.seal)
+        blocks = BlockMap(_keep(undo, folder.create(map_path)), size, folder.seal)
         blocks.begin()
         undo.pop_all()
         return fd, blocks

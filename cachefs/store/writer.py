@@ -26,7 +26,7 @@ from cachefs.config import CacheConfig
 from cachefs.digest import BLOCK_SIZE, KEY_BYTES, digest
 from cachefs.errors import CacheError, CacheFull, CacheUnusable
 from cachefs.store.directories import Directories
-from cachefs.store.folder import Data, Folder, allocated, key_of, remove
+from cachefs.store.folder import Data, Folder, allocated, allocated_entry, key_of, remove
 from cachefs.store.layout import BOOT_ID, NO_SEAL, Link, checked_links, is_name, seal_ns
 from cachefs.store.part import Part
 from cachefs.store.scrub import check_blob, sweep_folder
@@ -223,10 +223,10 @@ class Store:
         size = blobs = 0
         for folder in self.directories.live:
             with self.directories.tolerant(folder, "counting blobs"):
-                for entry in folder.stored_entries():
-                    with contextlib.suppress(FileNotFoundError):  # evicted while we count
-                        size += allocated(entry.stat(follow_symlinks=False))
-                        blobs += len(entry.name) == 2 * KEY_BYTES and not entry.path.startswith(folder.places.parts)
+                for entry in folder.blob_entries():
+                    size += allocated_entry(entry)
+                    blobs += len(entry.name) == 2 * KEY_BYTES  # and not .blocks
+                size += sum(map(allocated_entry, folder.part_entries()))
         return Usage(size, blobs)
 
     def keys(self) -> Iterator[bytes]:

@@ -1,0 +1,222 @@
+"""READ, as far as this process can answer it alone: from the blob on the local disk.
+
+A node is looked up under its object's path and version in the store; the bytes are read into the reply buffer
+behind room for the header, so a hit costs one open, one read and one write. A small file that fits one READ is
+checked against its key on the way (2 us per 110 KB). What cannot be answered here is a `Miss`: what to ask the
+fetcher for. Descriptors are closed only while the session's lock is held, because a number closed by one thread
+and reused under another would be wrong bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import OrderedDict
+from typing import NamedTuple, Protocol
+
+from cachefs.digest import BLOCK_SIZE, digest, version_ref
+from cachefs.errors import IsADirectory, StaleObject
+from cachefs_sidecar.fuse.tree import Tree
+from cachefs_sidecar.fuse.wire import OUT_HEADER_BYTES, WireError
+
+# 256 pages: the most the kernel asks for in one READ (its own limit, fs.fuse.max_pages_limit).
+MAX_READ = 1024 * 1024
+
+# Descriptors held for files that are read in several READs: more than the shards that all loaders of a node read
+# at once, well below the 1,024 descriptors that a process may have by default.
+MAX_WINDOWS = 256
+
+# The extended attribute in which the store writes a blob's key.
+KEY_ATTRIBUTE = "user.cachefs.key"
+
+
+class Store(Protocol):
+    """The part of cachefs.store.Reader that a mount asks."""
+
+    def open(self, dataset: str, ref: str) -> tuple[int, os.stat_result] | None: ...
+
+
+class Window(NamedTuple):
+    """Bytes [start, stop) of an object are in `fd`, byte `o` at offset `o - base`."""
+
+    start: int
+    stop: int
+    base: int
+    fd: int
+
+
+class Miss(NamedTuple):
+    """Bytes [offset, stop) of an object that are not readable here. size: of the whole object.
+
+    damaged: there is a blob, and its bytes are wrong or its disk fails.
+    """
+
+    node: int
+    path: str
+    version: str
+    size: int
+    offset: int
+    stop: int
+    damaged: bool
+
+
+class _Held:
+    """What is open of one node. used: since the last sweep."""
+
+    __slots__ = ("size", "used", "windows")
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.windows: list[Window] = []
+        self.used = True
+
+
+class Reading:
+    """Every method is called with the session's lock held."""
+
+    def __init__(self, tree: Tree, store: Store, dataset: str) -> None:
+        self._tree = tree
+        self._store = store
+        self._dataset = dataset
+        self._held: OrderedDict[int, _Held] = OrderedDict()
+        self._windows = 0
+        # The reply is built here: room for its header, then the bytes.
+        self.buffer = bytearray(OUT_HEADER_BYTES + MAX_READ)
+        self._payload = memoryview(self.buffer)[OUT_HEADER_BYTES:]
+
+    def read(self, node: int, offset: int, size: int) -> int | Miss:
+        """Fill `buffer`; the number of bytes behind the header, or what to ask the fetcher.
+
+        Never fewer bytes than asked except at the end of the file: the kernel takes a short answer for the end.
+        Raises StaleObject, IsADirectory, CatalogError, WireError.
+        """
+        if size > MAX_READ:
+            raise WireError(f"READ of {size} bytes where at most {MAX_READ} were agreed")
+        held = self._held.get(node)
+        if held is not None:
+            stop = min(offset + size, held.size)
+            if stop <= offset:
+                return 0
+            for window in held.windows:
+                if window.start <= offset and stop <= window.stop:
+                    held.used = True
+                    self._held.move_to_end(node)
+                    if self._fill(window.fd, offset - window.base, stop - offset):
+                        return stop - offset
+                    self._release(node)
+                    break
+        return self._open(node, offset, size)
+
+    def hold(self, node: int, size: int, window: Window) -> None:
+        """Keep a descriptor (owned by this object from now on) for the READs that follow."""
+        held = self._held.get(node)
+        if held is None:
+            held = self._held[node] = _Held(size)
+        covered = [w for w in held.windows if window.start <= w.start and w.stop <= window.stop]
+        for old in covered:
+            held.windows.remove(old)
+            os.close(old.fd)
+        held.windows.append(window)
+        held.used = True
+        self._windows += 1 - len(covered)
+        self._held.move_to_end(node)
+        while self._windows > MAX_WINDOWS:
+            oldest = next(iter(self._held))
+            if oldest == node:
+                self._windows -= 1
+                os.close(held.windows.pop(0).fd)
+            else:
+                self._release(oldest)
+
+    def sweep(self) -> None:
+        """Close what was not used since the last sweep: an evicted blob keeps its disk space while it is open."""
+        for node in [node for node, held in self._held.items() if not held.used]:
+            self._release(node)
+        for held in self._held.values():
+            held.used = False
+
+    def is_cached(self, node: int) -> bool:
+        """Whether all bytes of the node are in the store."""
+        return self.key_of(node) is not None
+
+    def key_of(self, node: int) -> str | None:
+        """The key of the node's blob, 32 hex digits; "" where the disk keeps no attributes; None = not cached."""
+        path, row = self._tree.object(node)
+        found = self._store.open(self._dataset, version_ref(path, row.version))
+        if found is None:
+            return None
+        try:
+            return _key(found[0])
+        finally:
+            os.close(found[0])
+
+    def _open(self, node: int, offset: int, size: int) -> int | Miss:
+        path, row = self._tree.object(node)
+        if row.directory:
+            raise IsADirectory(f"{path or '/'}: is a directory", path=path)
+        stop = min(offset + size, row.size)
+        if stop <= offset:
+            return 0
+        found = self._store.open(self._dataset, version_ref(path, row.version))
+        damaged = found is not None
+        if found is not None:
+            fd, info = found
+            keep = False
+            try:
+                if info.st_size == row.size and self._fill(fd, offset, stop - offset):
+                    whole = offset == 0 and stop == row.size
+                    if not whole:
+                        keep = True
+                        self.hold(node, row.size, Window(0, row.size, 0, fd))
+                        return stop - offset
+                    # The kernel keeps all pages of a file that it got whole: there is no next READ to hold for.
+                    if row.size > BLOCK_SIZE or self._intact(fd, row.size):
+                        return stop - offset
+            finally:
+                if not keep:
+                    os.close(fd)
+        return Miss(node, path, row.version, row.size, offset, stop, damaged)
+
+    def _fill(self, fd: int, position: int, length: int) -> bool:
+        """Read exactly `length` bytes into the reply. False when the file is shorter or its disk fails."""
+        done = 0
+        while done < length:
+            try:
+                count = os.preadv(fd, [self._payload[done:length]], position + done)
+            except OSError as error:
+                if error.errno == errno.EINTR:
+                    continue
+                return False  # a failing disk is a miss; the fetcher checks the blob and says so
+            if count == 0:
+                return False
+            done += count
+        return True
+
+    def _intact(self, fd: int, size: int) -> bool:
+        key = _key(fd)
+        return not key or digest(self._payload[:size]).hex() == key
+
+    def _release(self, node: int) -> None:
+        held = self._held.pop(node)
+        self._windows -= len(held.windows)
+        for window in held.windows:
+            os.close(window.fd)
+
+    def close(self) -> None:
+        for node in list(self._held):
+            self._release(node)
+
+
+def _key(fd: int) -> str:
+    try:
+        return os.getxattr(fd, KEY_ATTRIBUTE).decode("ascii", "replace")
+    except OSError:
+        return ""
+
+
+def stale(miss: Miss, size: int) -> StaleObject:
+    """The error for an object whose bytes turn out to be of another size than its snapshot says."""
+    return StaleObject(
+        f"{miss.path}: has {size} bytes where the snapshot says {miss.size}; run `cachefs refresh` to take the new",
+        path=miss.path,
+    )

@@ -1,0 +1,307 @@
+"""One descriptor of a FUSE connection: requests in, replies out.
+
+The thread that calls `serve` blocks in read(2), because the kernel wakes exactly one blocked reader per request
+and every poller. It answers names, attributes and cached bytes itself. A read that must wait for the fetcher is
+handed over (`MissSink`), and whoever took it writes the reply later, in any order.
+
+Open-free: OPEN and OPENDIR are answered with ENOSYS once, after which the kernel opens and closes by itself and
+keeps pages and listings; a hot read never comes here. Nothing in a mount changes except by refresh, which tells
+the kernel what to forget, so everything else is remembered for good.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from cachefs.errors import CacheFSError, errno_of
+from cachefs_sidecar.fuse import abi, wire
+from cachefs_sidecar.fuse.abi import Opcode
+from cachefs_sidecar.fuse.negotiation import Agreement
+from cachefs_sidecar.fuse.reading import Miss, Reading
+from cachefs_sidecar.fuse.tree import Tree
+from cachefs_sidecar.fuse.wire import Request
+from cachefs_sidecar.fuse.xattrs import Attributes
+
+log = logging.getLogger("cachefs.mount")
+
+# Ten years, in seconds: longer than a kernel runs. Names and attributes change only by refresh, which says so.
+FOREVER = 10 * 365 * 24 * 3600
+
+# Room for one request. Mutations are refused and max_write is at its minimum, so requests are names and numbers;
+# only FORGETs come in bulk (4,000 fit), when the kernel drops its inodes. At least 8 KiB, or read(2) fails.
+REQUEST_BYTES = 64 * 1024
+
+# Listing cookies: 0 is the start, 1 is behind ".", 2 behind "..", and id + 2 behind the entry `id`.
+_BEHIND_DOT, _BEHIND_DOTDOT = 1, 2
+
+_MUTATIONS = (
+    Opcode.SETATTR,
+    Opcode.SYMLINK,
+    Opcode.MKNOD,
+    Opcode.MKDIR,
+    Opcode.UNLINK,
+    Opcode.RMDIR,
+    Opcode.RENAME,
+    Opcode.LINK,
+    Opcode.WRITE,
+    Opcode.SETXATTR,
+    Opcode.REMOVEXATTR,
+    Opcode.CREATE,
+    Opcode.FALLOCATE,
+    Opcode.RENAME2,
+    Opcode.COPY_FILE_RANGE,
+    Opcode.COPY_FILE_RANGE_64,
+    Opcode.TMPFILE,
+)
+
+_IOCTL = int(Opcode.IOCTL)  # an int compares ten times faster than an IntEnum
+
+# bytes: the body of a reply. int: a negative errno. None: no reply now.
+Answer = bytes | int | None
+
+
+class MissSink(Protocol):
+    """Who answers what this process cannot."""
+
+    def take(self, unique: int, pid: int, miss: Miss) -> None: ...
+    def interrupt(self, unique: int) -> None: ...
+
+
+class Session:
+    """lock: held while a request is answered; whoever switches catalogs or closes descriptors takes it."""
+
+    def __init__(
+        self,
+        device: int,
+        agreement: Agreement,
+        tree: Tree,
+        reading: Reading,
+        misses: MissSink,
+        lock: threading.Lock,
+        *,
+        trace: bool = False,
+    ) -> None:
+        self._device = device
+        self._agreement = agreement
+        self._tree = tree
+        self._reading = reading
+        self._misses = misses
+        self._lock = lock
+        self._trace = trace
+        self._xattrs = Attributes(tree, reading)
+        self.counts: Counter[str] = Counter(IOCTL=0)
+        self._catalogs: Sequence[Path] | None = None
+        self._buffer = bytearray(REQUEST_BYTES)
+        self._handlers: dict[int, Callable[[Request], Answer]] = {
+            Opcode.LOOKUP: self._lookup,
+            Opcode.FORGET: _no_reply,
+            Opcode.BATCH_FORGET: _no_reply,
+            Opcode.GETATTR: self._getattr,
+            Opcode.READLINK: lambda _: -errno.EINVAL,
+            Opcode.OPEN: self._open,
+            Opcode.OPENDIR: self._opendir,
+            Opcode.RELEASE: lambda _: b"",
+            Opcode.RELEASEDIR: lambda _: b"",
+            Opcode.READ: self._read,
+            Opcode.READDIR: self._readdir,
+            Opcode.READDIRPLUS: self._readdirplus,
+            Opcode.STATFS: self._statfs,
+            Opcode.GETXATTR: lambda request: self._xattrs.get(request.node, request.body),
+            Opcode.LISTXATTR: lambda request: self._xattrs.list(request.node, request.body),
+            Opcode.INTERRUPT: self._interrupt,
+            Opcode.DESTROY: lambda _: b"",
+            **dict.fromkeys(_MUTATIONS, lambda _: -errno.EROFS),
+        }
+        # Everything else is answered ENOSYS: the kernel then does it by itself (ACCESS, since default_permissions
+        # is set; FLUSH, FSYNC, LSEEK, STATX, locks) and for most of them never asks again.
+
+    def serve(self) -> None:
+        """Answer until the mount is gone. Raises OSError when the descriptor breaks otherwise."""
+        buffers = [self._buffer]
+        view = memoryview(self._buffer)
+        while True:
+            try:
+                length = os.readv(self._device, buffers)
+            except OSError as error:
+                # ENOENT: the request was interrupted before it was delivered.
+                if error.errno in (errno.EINTR, errno.EAGAIN, errno.ENOENT):
+                    continue
+                if error.errno in (errno.ENODEV, errno.ECONNRESET):
+                    return  # unmounted, or the connection was aborted
+                raise
+            if length == 0:
+                return
+            if not self._answer_ioctl(length):
+                self.answer(view[:length])
+
+    def _answer_ioctl(self, length: int) -> bool:
+        """Python's open() asks every file whether it is a terminal, with an ioctl that the kernel always passes on.
+
+        It is the only request of a hot read, so it gets the shortest way there is: no other thread is involved.
+        """
+        opcode, unique = wire.opcode_and_unique(self._buffer)
+        if opcode != _IOCTL or length < wire.IN_HEADER_BYTES:
+            return False
+        self.counts["IOCTL"] += 1
+        self._write([wire.out_header(0, -errno.ENOTTY, unique)])
+        return True
+
+    def switch_before_next(self, files: Sequence[Path]) -> None:
+        """Answer from other catalogs from the next request on. Called with the lock held, by any thread.
+
+        The catalogs are opened by the thread that answers, because SQLite binds a connection to its thread.
+        """
+        self._catalogs = files
+
+    def answer(self, packet: memoryview) -> None:
+        """Answer one request. Raises only when the descriptor (OSError) or a new catalog (CatalogError) is broken."""
+        try:
+            request = wire.decode(packet)
+        except wire.WireError as error:
+            log.error("request dropped: %s", error)
+            return
+        with self._lock:
+            if self._catalogs is not None:
+                self._tree.switch(self._catalogs)
+                self._catalogs = None
+            answer = self._dispatch(request)
+            # The reply is written under the lock: a refresh that gets the lock afterwards may rely on it that no
+            # answer from the old catalog is still on its way to the kernel.
+            if isinstance(answer, int):
+                self.reply_error(request.unique, -answer)
+            elif answer is not None:
+                self._write([wire.out_header(len(answer), 0, request.unique), answer])
+        if self._trace:
+            log.info("%s node %d: %s", request.name, request.node, _describe(answer))
+
+    def reply_error(self, unique: int, number: int) -> None:
+        """`number`: a positive errno."""
+        self._write([wire.out_header(0, -number, unique)])
+
+    def reply_bytes(self, unique: int, data: bytes) -> None:
+        """The answer to a READ that waited. Called from the thread that took the miss."""
+        self._write([wire.out_header(len(data), 0, unique), data])
+
+    def _dispatch(self, request: Request) -> Answer:
+        self.counts[request.name] += 1
+        handler = self._handlers.get(request.opcode)
+        if handler is None:
+            return -errno.ENOSYS
+        try:
+            return handler(request)
+        except wire.WireError as error:
+            log.error("%s refused: %s", request.name, error)
+            return -errno.EINVAL
+        except (CacheFSError, OSError) as error:
+            log.error("%s node %d: %s", request.name, request.node, error)
+            return -errno_of(error)
+        except Exception:  # a fault of ours in one request must not take the other requests with it
+            log.exception("%s node %d failed", request.name, request.node)
+            return -errno.EIO
+
+    def _write(self, parts: list[bytes]) -> None:
+        try:
+            os.writev(self._device, parts)
+        except OSError as error:
+            # ENOENT: the request was interrupted, or delivered again to another worker that was faster.
+            # ENODEV, ENOTCONN: the mount is gone, and the next read says so.
+            if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ENOTCONN, errno.EPIPE):
+                raise
+
+    # --- names and attributes ---
+
+    def _lookup(self, request: Request) -> Answer:
+        name = wire.name_in(request.body)
+        if len(name) > abi.NAME_MAX:
+            return -errno.ENAMETOOLONG
+        row = self._tree.lookup(request.node, name)
+        if row is None:
+            return wire.no_entry_out(FOREVER)
+        return wire.entry_out(self._tree.attributes(row), FOREVER)
+
+    def _getattr(self, request: Request) -> Answer:
+        return wire.attr_out(self._tree.attributes(self._tree.get(request.node)), FOREVER)
+
+    def _statfs(self, _: Request) -> Answer:
+        summary = self._tree.summary
+        return wire.statfs_out(blocks=-(-summary.bytes // abi.BLOCK), files=summary.files + summary.directories)
+
+    def _open(self, _: Request) -> Answer:
+        if self._agreement.open_free:
+            return -errno.ENOSYS
+        return wire.open_out(abi.Open.KEEP_CACHE)
+
+    def _opendir(self, _: Request) -> Answer:
+        if self._agreement.opendir_free:
+            return -errno.ENOSYS
+        return wire.open_out(abi.Open.KEEP_CACHE | abi.Open.CACHE_DIR)
+
+    def _readdir(self, request: Request) -> Answer:
+        return self._page(request, wire.SMALLEST_DIRENT, plus=False)
+
+    def _readdirplus(self, request: Request) -> Answer:
+        return self._page(request, wire.SMALLEST_DIRENT_PLUS, plus=True)
+
+    def _page(self, request: Request, smallest: int, *, plus: bool) -> bytes:
+        """As many whole entries as the kernel has room for. A cookie that is no longer there still has a place."""
+        cookie, room = wire.read_in(request.body)
+        records: list[bytes] = []
+        for dot, node, behind in (
+            (b".", request.node, _BEHIND_DOT),
+            (b"..", self._tree.get(request.node).parent or abi.ROOT, _BEHIND_DOTDOT),
+        ):
+            if cookie < behind:
+                record = wire.dirent_plus_dot(node, behind, dot) if plus else wire.dirent(node, behind, dot, True)
+                room -= len(record)
+                if room < 0:
+                    return b"".join(records)
+                records.append(record)
+        after = max(0, cookie - _BEHIND_DOTDOT)
+        for row in self._tree.children(request.node, after, max(0, room) // smallest + 1):
+            behind = row.id + _BEHIND_DOTDOT
+            if plus:
+                record = wire.dirent_plus(self._tree.attributes(row), FOREVER, behind, row.name)
+            else:
+                record = wire.dirent(row.id, behind, row.name, row.directory)
+            room -= len(record)
+            if room < 0:
+                break
+            records.append(record)
+        return b"".join(records)
+
+    # --- bytes ---
+
+    def _read(self, request: Request) -> Answer:
+        offset, size = wire.read_in(request.body)
+        found = self._reading.read(request.node, offset, size)
+        if isinstance(found, Miss):
+            self.counts["damaged" if found.damaged else "misses"] += 1
+            self._misses.take(request.unique, request.pid, found)
+            return None
+        self.counts["hits"] += 1
+        self.counts["hit_bytes"] += found
+        wire.out_header_into(self._reading.buffer, found, request.unique)
+        with memoryview(self._reading.buffer) as reply:
+            self._write([reply[: wire.OUT_HEADER_BYTES + found]])  # type: ignore[list-item]
+        return None
+
+    def _interrupt(self, request: Request) -> Answer:
+        self._misses.interrupt(wire.interrupt_in(request.body))
+        return None
+
+
+def _no_reply(_: Request) -> None:
+    return None
+
+
+def _describe(answer: Answer) -> str:
+    if answer is None:
+        return "no reply now"
+    return errno.errorcode.get(-answer, str(answer)) if isinstance(answer, int) else f"{len(answer)} bytes"

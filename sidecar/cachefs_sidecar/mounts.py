@@ -1,0 +1,317 @@
+"""Mount points: looking at them, mounting, unmounting.
+
+Root mounts with mount(2); anybody else through `fusermount3`, which is setuid root and hands back the descriptor. What
+is mounted where is read from /proc/self/mountinfo and never asked of a mount itself, which may hang or be dead.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+from cachefs.errors import MountError
+
+FSTYPE = "fuse.cachefs"
+DEVICE = "/dev/fuse"
+
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV = 1, 2, 4
+_MNT_DETACH = 2
+
+# 1 MiB per READ, the kernel's own limit (256 pages).
+_MAX_READ = 1024 * 1024
+
+# What the kernel reads ahead, in KiB. FUSE starts with 128, of which a 160 KB image needs two READs and a large shard
+# thousands; one READ may have 1 MiB. Only root may set it.
+READ_AHEAD_KIB = 1024
+
+_FUSE_DEV_IOC_CLONE = 0x8004E500  # _IOR(229, 0, uint32_t)
+
+
+class Mounted(NamedTuple):
+    """One line of mountinfo."""
+
+    device: str
+    root: str
+    mountpoint: str
+    fstype: str
+    source: str
+    options: str
+
+
+def mounts() -> list[Mounted]:
+    """All mounts of this mount namespace; where several lie on one another, the topmost comes last."""
+    found = []
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        before, _, after = line.partition(" - ")
+        fields, tail = before.split(" "), after.split(" ")
+        if len(fields) < 6 or len(tail) < 2:
+            continue
+        names = [_unescape(text) for text in (fields[3], fields[4], tail[0], tail[1])]
+        found.append(Mounted(fields[2], names[0], names[1], names[2], names[3], fields[5]))
+    return found
+
+
+def _unescape(text: str) -> str:
+    r"""mountinfo writes space, tab, newline and backslash as \040, \011, \012 and \134."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
+
+
+def mounted_at(mountpoint: Path) -> Mounted | None:
+    """What is mounted exactly there, topmost. The path is taken as it is: absolute, without links."""
+    for mount in reversed(mounts()):
+        if mount.mountpoint == str(mountpoint):
+            return mount
+    return None
+
+
+def resolve(mountpoint: str | os.PathLike[str]) -> Path:
+    """The mount point as mountinfo writes it: links resolved above it, the last component untouched.
+
+    The last component is not looked at, because a dead mount there answers nothing but errors.
+    """
+    path = Path(os.path.abspath(os.path.expanduser(mountpoint)))
+    if path.is_symlink():
+        return Path(os.path.realpath(path))
+    return Path(os.path.realpath(path.parent)) / path.name
+
+
+def prepare(mountpoint: Path) -> str:
+    """See that something can be mounted there; a dead cachefs mount is taken away (the answer says so, else "").
+
+    Raises MountError: missing, not a directory, not empty, already a mount, not permitted.
+    """
+    note = ""
+    present = mounted_at(mountpoint)
+    if present is not None:
+        if not (present.fstype.startswith("fuse") and is_dead(mountpoint)):
+            hint = "; `cachefs umount` unmounts it" if present.fstype == FSTYPE else ""
+            raise MountError(f"{mountpoint}: is already a mount of {present.source} ({present.fstype}){hint}")
+        if present.fstype != FSTYPE:
+            raise MountError(f"{mountpoint}: is a dead mount of {present.source} ({present.fstype}); unmount it first")
+        unmount(mountpoint, lazy=True)
+        note = f"{mountpoint}: replaced a dead mount of {present.source} that an earlier run left behind"
+    try:
+        names = os.listdir(mountpoint)
+    except FileNotFoundError:
+        raise MountError(f"{mountpoint}: does not exist; create it first (mkdir -p)") from None
+    except NotADirectoryError:
+        raise MountError(f"{mountpoint}: is a file; a mount needs an empty directory") from None
+    except OSError as error:
+        raise MountError(f"{mountpoint}: cannot be used ({error.strerror})") from error
+    if names:
+        raise MountError(
+            f"{mountpoint}: is not empty ({names[0]!r}{', ...' if len(names) > 1 else ''}); "
+            "a mount would hide what is in it, choose an empty directory"
+        )
+    return note
+
+
+def is_dead(mountpoint: Path) -> bool:
+    """Whether nobody serves the FUSE mount there any more.
+
+    statvfs(2), because the kernel always passes it on; attributes it would remember for years.
+    """
+    try:
+        os.statvfs(mountpoint)
+    except OSError as error:
+        return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
+    return False
+
+
+def mount(mountpoint: Path, *, source: str, allow_other: bool | None) -> int:
+    """Mount, read-only, and return the connection's descriptor. `source` is what `mount` and `df` show.
+
+    allow_other: whether other users may enter; None = yes for root, else no. Raises MountError.
+    """
+    if not os.path.exists(DEVICE):
+        raise MountError(
+            f"{DEVICE} does not exist: load the kernel module (modprobe fuse), or give the container the device "
+            "(docker run --device /dev/fuse)"
+        )
+    if os.geteuid() == 0:
+        return _mount_as_root(mountpoint, source, allow_other is not False)
+    return _mount_through_fusermount(mountpoint, source, bool(allow_other))
+
+
+def _mount_as_root(mountpoint: Path, source: str, allow_other: bool) -> int:
+    try:
+        device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise MountError(
+            f"{DEVICE}: cannot be opened ({error.strerror}); a container needs the device (--device /dev/fuse)"
+        ) from error
+    options = f"fd={device},rootmode=40000,user_id=0,group_id=0,default_permissions,max_read={_MAX_READ}"
+    if allow_other:
+        options += ",allow_other"
+    result = _libc().mount(
+        os.fsencode(source),
+        os.fsencode(mountpoint),
+        FSTYPE.encode(),
+        _MS_RDONLY | _MS_NOSUID | _MS_NODEV,
+        options.encode(),
+    )
+    if result != 0:
+        number = ctypes.get_errno()
+        os.close(device)
+        hint = ""
+        if number in (errno.EPERM, errno.EACCES):
+            hint = "; mounting needs CAP_SYS_ADMIN (docker run --cap-add SYS_ADMIN, privileged: true in Kubernetes)"
+        elif number == errno.ENODEV:
+            hint = "; this kernel has no FUSE (modprobe fuse)"
+        raise MountError(f"{mountpoint}: cannot be mounted ({os.strerror(number)}){hint}")
+    return device
+
+
+def _mount_through_fusermount(mountpoint: Path, source: str, allow_other: bool) -> int:
+    if allow_other and not user_allow_other():
+        raise MountError(
+            "allow_other: only root may let other users into a mount, "
+            "unless /etc/fuse.conf has the line user_allow_other"
+        )
+    options = ["ro", "nosuid", "nodev", "default_permissions", f"max_read={_MAX_READ}", "subtype=cachefs"]
+    # fusermount3 splits at commas and takes a backslash before one as part of the name.
+    options.append("fsname=" + source.replace("\\", "\\\\").replace(",", "\\,"))
+    if allow_other:
+        options.append("allow_other")
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with ours, theirs:
+        done = subprocess.run(
+            [_fusermount(), "-o", ",".join(options), "--", str(mountpoint)],
+            env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno())},
+            pass_fds=(theirs.fileno(),),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=30,  # it only mounts; it hangs when the mount point lies in a dead network file system
+            check=False,
+        )
+        if done.returncode != 0:
+            reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"status {done.returncode}"
+            hint = ""
+            if "not permitted" in reason:
+                hint = "; fusermount3 must be setuid root, and a container must be allowed to mount (CAP_SYS_ADMIN)"
+            raise MountError(f"{mountpoint}: cannot be mounted: {reason}{hint}")
+        _, descriptors, _, _ = socket.recv_fds(ours, 1, 1)
+    if not descriptors:
+        raise MountError(f"{mountpoint}: fusermount3 mounted but passed no descriptor")
+    os.set_inheritable(descriptors[0], False)
+    return descriptors[0]
+
+
+def unmount(mountpoint: Path, *, lazy: bool = False) -> None:
+    """Unmount. lazy: take it out of the tree now; it ends once its last user is gone.
+
+    Raises MountError; its errno is EBUSY when the mount is in use.
+    """
+    if os.geteuid() == 0:
+        if _libc().umount2(os.fsencode(mountpoint), _MNT_DETACH if lazy else 0) != 0:
+            raise _unmount_error(mountpoint, ctypes.get_errno())
+        return
+    command = [_fusermount(), "-u", *(["-z"] if lazy else []), "--", str(mountpoint)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30, check=False)
+    if done.returncode != 0:
+        busy = "busy" in done.stderr
+        reason = done.stderr.strip().splitlines()[-1:] or [f"status {done.returncode}"]
+        if busy:
+            raise _unmount_error(mountpoint, errno.EBUSY)
+        raise MountError(f"{mountpoint}: cannot be unmounted: {reason[0]}")
+
+
+def _unmount_error(mountpoint: Path, number: int) -> MountError:
+    if number == errno.EBUSY:
+        users = users_of(mountpoint)
+        by = " by " + ", ".join(users) if users else ""
+        error = MountError(f"{mountpoint}: is in use{by}; end that first, or unmount lazily (--lazy)")
+    elif number == errno.EINVAL:
+        error = MountError(f"{mountpoint}: is not a mount point")
+    else:
+        error = MountError(f"{mountpoint}: cannot be unmounted ({os.strerror(number)})")
+    error.errno = number
+    return error
+
+
+def users_of(mountpoint: Path, limit: int = 5) -> list[str]:
+    """Some of the processes that have something open below, as "name (pid 12)"; only those we may look into."""
+    found: list[str] = []
+    prefix = f"{mountpoint}/"
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        if len(found) == limit:
+            break
+        if any(target == str(mountpoint) or target.startswith(prefix) for target in _opened(pid)):
+            try:
+                name = Path(f"/proc/{pid}/comm").read_text().strip()
+            except OSError:
+                continue  # it ended meanwhile
+            found.append(f"{name} (pid {pid})")
+    return found
+
+
+def _opened(pid: str) -> list[str]:
+    targets = []
+    links = [f"/proc/{pid}/cwd", f"/proc/{pid}/root"]
+    try:
+        links += [f"/proc/{pid}/fd/{fd}" for fd in os.listdir(f"/proc/{pid}/fd")]
+    except OSError:
+        return []  # not ours to look into, or gone
+    for link in links:
+        try:
+            targets.append(os.readlink(link))
+        except OSError:
+            continue
+    return targets
+
+
+def clone(device: int) -> int:
+    """Another descriptor of the same connection, with requests of its own in flight. Raises OSError."""
+    import fcntl
+
+    fresh = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(fresh, _FUSE_DEV_IOC_CLONE, device.to_bytes(4, "little"))
+    except BaseException:
+        os.close(fresh)
+        raise
+    return fresh
+
+
+def raise_read_ahead(mountpoint: Path) -> bool:
+    """Let the kernel read 1 MiB ahead. False where that is not ours to set: reads are then smaller, not wrong."""
+    present = mounted_at(mountpoint)
+    if present is None:
+        return False
+    try:
+        Path(f"/sys/class/bdi/{present.device}/read_ahead_kb").write_text(str(READ_AHEAD_KIB))
+    except OSError:
+        return False
+    return True
+
+
+def user_allow_other() -> bool:
+    """Whether /etc/fuse.conf lets users who are not root mount with allow_other."""
+    try:
+        lines = Path("/etc/fuse.conf").read_text().splitlines()
+    except OSError:
+        return False
+    return any(line.strip() == "user_allow_other" for line in lines)
+
+
+def _fusermount() -> str:
+    found = shutil.which("fusermount3")
+    if found is None:
+        raise MountError(
+            "fusermount3 is missing: to mount without root, install the Debian/Ubuntu package fuse3 "
+            "(apt install fuse3). "
+            "The fsspec URL works without a mount"
+        )
+    return found
+
+
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
