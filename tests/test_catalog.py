@@ -21,7 +21,7 @@ from cachefs.catalog import format as catalog_format
 from cachefs.catalog.builder import Cancelled
 from cachefs.errors import CacheError, CacheFull, CatalogError, ObjectNotFound
 from cachefs.messages import Entry
-from tests.catalog_factory import ROOT_PATH, entries, make_catalog
+from cachefs_sidecar.testbed.catalogs import ROOT_PATH, entries, make_catalog
 
 
 @pytest.fixture(scope="module")
@@ -522,7 +522,7 @@ import sys
 from pathlib import Path
 from typing import Any
 from cachefs.catalog import Builder, staging
-from tests.catalog_factory import ROOT_PATH, entries
+from cachefs_sidecar.testbed.catalogs import ROOT_PATH, entries
 staging._COMMIT_SECONDS = 0.0
 builder = Builder(Path(sys.argv[1]), identity="s3", root=ROOT_PATH)
 for number, entry in enumerate(entries(10**9)):
@@ -628,7 +628,7 @@ from pathlib import Path
 from typing import Any
 from cachefs.catalog import staging, builder
 staging.CACHE_KIB = builder.CACHE_KIB = 256
-from tests.catalog_factory import make_catalog
+from cachefs_sidecar.testbed.catalogs import make_catalog
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 make_catalog(Path(sys.argv[1], "a"), 20_000)
 before = peak()

@@ -146,8 +146,7 @@ def test_a_parent_that_has_read_forks(throttled: ThrottledBucket, cache_dir: Pat
 
 
 def everything_in_a_child(fs: CacheFileSystem, cached: str, cold: str) -> bool:
-    asyncio.set_event_loop(None)
-    asyncio._set_running_loop(None)  # the fork was made inside the parent's
+
     folder = cold.rpartition("/")[0]
     return (
         fs.cat_file(cached) == b"cached" * 100

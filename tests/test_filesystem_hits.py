@@ -126,10 +126,7 @@ def test_use_is_noted_once_a_minute(bucket: Bucket, cache_dir: Path, monkeypatch
 def test_the_ref_is_the_one_that_others_look_up(throttled: ThrottledBucket, cache_dir: Path):
     """Two instances, two spellings of one origin: one object, read once."""
     path = throttled.put("x", b"x" * 5000)
-    spelled = {
-        "target_protocol": "s3a",
-        "target_options": throttled.options | {"endpoint_url": throttled.endpoint + "/"},
-    }
+    spelled = throttled.options | {"endpoint_url": throttled.endpoint + "/"}
     one = CacheFileSystem(target_protocol="s3", target_options=throttled.options, cache_dir=cache_dir)
     other = CacheFileSystem(target_protocol="s3a", target_options=spelled, cache_dir=cache_dir)
     assert one.cat_file(path) == other.cat_file(path)

@@ -63,7 +63,7 @@ def images(throttled: ThrottledBucket, cache_dir: Path) -> Images:
     return Images(fs, paths)
 
 
-@pytest.mark.parametrize(("method", "workers"), [("fork", 4), ("spawn", 2), ("forkserver", 2)])
+@pytest.mark.parametrize(("method", "workers"), [("fork", 2), ("spawn", 2), ("forkserver", 2)])
 def test_epochs(method: str, workers: int, images: Images, throttled: ThrottledBucket):
     """Every byte right in every epoch; the first reads each object once, the others read none."""
     assert images.fs.exists(images.paths[0])  # the parent has used its file system, as training code does

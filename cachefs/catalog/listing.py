@@ -163,14 +163,16 @@ class _Listing:
         try:
             async with _closing(self._origin.list_level(folder)) as pages:
                 async for page in pages:
-                    await self._take(page)
+                    served = []
                     for entry in page:
                         if entry.directory and entry.path.startswith(prefix):
                             name = entry.path[len(prefix) :].removesuffix("/")
                             if name in _AMBIGUOUS:
                                 ambiguous = True
-                            else:
-                                found.append(prefix + name)
+                                continue  # no directory, only how objects below it are called
+                            found.append(prefix + name)
+                        served.append(entry)
+                    await self._take(served)
                     if len(found) > _MAX_FOLDERS:
                         break
         except ObjectNotFound:

@@ -21,19 +21,19 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from cachefs.config import CacheConfig
-from cachefs.errors import CacheError, CacheFull, CacheUnusable, FetcherError, FetcherTimeout
+from cachefs.errors import CacheUnusable, FetcherError, FetcherTimeout
 from cachefs.fetcher.attachments import Attachments
 from cachefs.fetcher.hosting import take_lock
 from cachefs.fetcher.index import Index
 from cachefs.fetcher.objects import Room
 from cachefs.fetcher.service import Service
+from cachefs.fetcher.storeless import MemoryIndex, NoStore
 from cachefs.origin import Origin, OriginSpec
 from cachefs.origin.generic import FsspecOrigin
 from cachefs.packets import SOCKET_NAME, dial, listen
@@ -172,7 +172,7 @@ class _Embedded:
     def _room(self) -> Room:
         if self.lock >= 0:
             return Room(self.config, Store.open(self.config), Index(self.config.home / "index"))
-        room = Room(self.config, _NoStore(self.config.home), _MemoryIndex())  # type: ignore[arg-type]
+        room = Room(self.config, NoStore(self.config), MemoryIndex())
         room.capacity.limit = 0
         return room
 
@@ -245,88 +245,3 @@ class _LentOrigin(FsspecOrigin):
 
     def _open(self) -> Any:
         return self._lent
-
-
-# --- without a store -------------------------------------------------------------------------------------------
-
-
-class _Nothing(NamedTuple):
-    bytes: int = 0
-    blobs: int = 0
-
-
-class _NoStore:
-    """What Store answers when it has nothing and no room."""
-
-    def __init__(self, home: Path) -> None:
-        self._home = home
-        self.out: dict[Path, str] = {}
-
-    def usage(self) -> _Nothing:
-        return _Nothing()
-
-    def path(self, key: bytes) -> Path:
-        return self._home
-
-    def put(self, data: bytes, *, links: Iterable[tuple[str, str]] = ()) -> bytes:
-        raise CacheFull("this process has no store")
-
-    def part(self, ref: str, size: int) -> None:
-        raise CacheError("this process has no store")
-
-    def has(self, key: bytes) -> bool:
-        return False
-
-    def check(self, key: bytes) -> bool:
-        return False
-
-    def link(self, key: bytes, links: Iterable[tuple[str, str]]) -> bool:
-        return False
-
-    def key_of(self, dataset: str, ref: str) -> bytes | None:
-        return None
-
-    def drop(self, key: bytes) -> int:
-        return 0
-
-    def unlink_ref(self, dataset: str, ref: str) -> int:
-        return 0
-
-    def discard_part(self, ref: str) -> int:
-        return 0
-
-    def keys(self) -> Iterator[bytes]:
-        return iter(())
-
-    def refs(self, dataset: str) -> Iterator[str]:
-        return iter(())
-
-    def datasets(self) -> Iterator[str]:
-        return iter(())
-
-
-class _Table(dict[bytes, bytes]):
-    """The few methods of diskcache that Index uses, in memory."""
-
-    def set(self, name: bytes, value: bytes) -> None:
-        self[name] = value
-
-    def delete(self, name: bytes) -> None:
-        self.pop(name, None)
-
-    def transact(self, retry: bool = False) -> contextlib.nullcontext[None]:
-        return contextlib.nullcontext()
-
-    def iterkeys(self) -> Iterator[bytes]:
-        return iter(list(self))
-
-    def close(self) -> None:
-        self.clear()
-
-
-class _MemoryIndex(Index):
-    def __init__(self) -> None:
-        super().__init__(Path())
-
-    def _make(self) -> Any:
-        return _Table()

@@ -175,7 +175,14 @@ class Jobs:
         try:
             await attachment.origin.check(record.root)  # a wrong address or key is said at once, not after retries
             catalog = await listing.build(
-                attachment.origin, record.root, folder / "new.sqlite", previous=previous, progress=progress
+                attachment.origin,
+                record.root,
+                folder / "new.sqlite",
+                previous=previous,
+                progress=progress,
+                # A refresh was asked for because something changed just now: what an interrupted one listed before
+                # that must not be taken for it.
+                resume=previous is None,
             )
         finally:
             if previous is not None:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from cachefs.errors import IsADirectory, ObjectNotFound
+from cachefs.errors import IsADirectory, ObjectNotFound, StaleObject
 from cachefs.filesystem.copying import copy_object
 from cachefs.filesystem.files import ASK_AT_MOST, first_need, read_at, span
 from cachefs.filesystem.names import Info, Names, info_of
@@ -19,7 +19,7 @@ from cachefs.filesystem.readonly import read_only
 from cachefs.messages import Entry
 
 if TYPE_CHECKING:
-    from cachefs.client import AsyncConnection, Located
+    from cachefs.client import AsyncConnection
     from cachefs.filesystem.views import View, Views
 
 # Reading this much takes the loop away from others for less than a millisecond; more is read in a thread.
@@ -291,10 +291,5 @@ async def _read(fd: int, offset: int, length: int) -> bytes:
     return await asyncio.to_thread(read_at, fd, offset, length)
 
 
-def changed(path: str) -> Exception:
-    from cachefs.errors import StaleObject
-
+def changed(path: str) -> StaleObject:
     return StaleObject(f"{path}: was replaced at the origin while it was read; read it again", path=path)
-
-
-__all__ = ["AsyncSide", "Lines", "Located", "changed", "per_path"]

@@ -54,8 +54,12 @@ class MountSettings:
 
 
 def encode_settings(settings: MountSettings) -> bytes:
-    """For the pipe to the keeper. Raises ConfigError when an origin option cannot travel."""
+    """For the pipe to the keeper. Raises ConfigError, MountError when the origin cannot be reached from there."""
     cache, session = settings.cache, settings.session
+    if session.local:
+        raise MountError(
+            f"{settings.origin}: only the process that made this file system can read it, so it cannot be mounted"
+        )
     plain = {
         "mountpoint": str(settings.mountpoint),
         "catalog": str(settings.catalog),

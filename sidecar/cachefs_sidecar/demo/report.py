@@ -77,18 +77,23 @@ class Outcome:
             console.print(line, highlight=False, soft_wrap=True)
         console.print(table)
         for way, reason in self.left_out.items():
-            console.print(f"[yellow]Left out: {way}.[/] {reason}", highlight=False)
-        console.print(f"{self.checked:,} images read, each compared with its source: all the same.", highlight=False)
+            console.print(f"[yellow]Left out: {way}.[/] {reason}", highlight=False, soft_wrap=True)
+        console.print(
+            f"{self.checked:,} images read, each compared with its source: all the same.",
+            highlight=False,
+            soft_wrap=True,
+        )
         if self.broken:
             for line in self.broken:
-                console.print(f"[bold red]BROKEN PROMISE[/] {line}", highlight=False)
+                console.print(f"[bold red]BROKEN PROMISE[/] {line}", highlight=False, soft_wrap=True)
         else:
             console.print(
                 "Through cachefs each object was read once from the origin; epochs 2 and 3 asked it for nothing.",
                 style="green",
                 highlight=False,
+                soft_wrap=True,
             )
-        console.print(f"{self.seconds:.0f} s in all.", highlight=False)
+        console.print(f"{self.seconds:.0f} s in all.", highlight=False, soft_wrap=True)
 
     def json(self) -> str:
         rows = [{**asdict(row), "images_per_second": row.rate, "hit_ratio": row.hits} for row in self.rows]

@@ -9,7 +9,6 @@ and reused under another would be wrong bytes.
 
 from __future__ import annotations
 
-import errno
 import os
 from collections import OrderedDict
 from typing import NamedTuple, Protocol
@@ -180,16 +179,14 @@ class Reading:
     def _fill(self, fd: int, position: int, length: int) -> bool:
         """Read exactly `length` bytes into the reply. False when the file is shorter or its disk fails."""
         done = 0
-        while done < length:
-            try:
+        try:
+            while done < length:  # once, but for a signal
                 count = os.preadv(fd, [self._payload[done:length]], position + done)
-            except OSError as error:
-                if error.errno == errno.EINTR:
-                    continue
-                return False  # a failing disk is a miss; the fetcher checks the blob and says so
-            if count == 0:
-                return False
-            done += count
+                if count == 0:
+                    return False
+                done += count
+        except OSError:
+            return False  # a failing disk is a miss; the fetcher checks the blob and says so
         return True
 
     def _intact(self, fd: int, size: int) -> bool:

@@ -22,6 +22,7 @@ class WireError(ValueError):
 
 _IN = struct.Struct("=IIQQIIIHH")  # fuse_in_header
 _FIRST_LOOK = struct.Struct("=4xIQ")
+_WHOLE_READ = struct.Struct("=16xQ8xI4x8xQI")  # header and fuse_read_in
 _OUT = struct.Struct("=IiQ")  # fuse_out_header
 _INIT_IN = struct.Struct("=IIII")
 _INIT_OUT = struct.Struct("=IIIIHHIIHHI28x")
@@ -42,6 +43,9 @@ _INVAL_ENTRY = struct.Struct("=QII")
 
 IN_HEADER_BYTES = _IN.size
 OUT_HEADER_BYTES = _OUT.size
+
+# A READ has at least so many bytes.
+READ_BYTES = _WHOLE_READ.size
 
 # The smallest records, for a caller that wants to know how many entries can fit a page at most.
 SMALLEST_DIRENT = _DIRENT.size + 8
@@ -101,9 +105,14 @@ def decode(data: memoryview) -> Request:
     return Request(opcode, unique, node, uid, gid, pid, data[IN_HEADER_BYTES:end])
 
 
-def opcode_and_unique(data: bytearray) -> tuple[int, int]:
-    """A first look at a packet in a buffer of at least a header's size."""
+def first_look(data: bytearray) -> tuple[int, int]:
+    """(opcode, unique) of the packet in a buffer of at least a header's size."""
     return _FIRST_LOOK.unpack_from(data)
+
+
+def whole_read(data: bytearray) -> tuple[int, int, int, int]:
+    """(node, pid, offset, size) of a READ that is known to be whole, in one step: see READ_BYTES."""
+    return _WHOLE_READ.unpack_from(data)
 
 
 def init_in(body: Buffer) -> InitIn:
