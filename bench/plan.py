@@ -1,0 +1,22 @@
+"""How much a run does. Smaller ones are quicker and coarser; what is measured, and how, stays the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Plan:
+    """files: read by the scenarios about images; cold_files: of these, at once and cold. names: of the large dataset.
+
+    rounds: how often each contender has its turn.
+    """
+
+    files: int = 4000
+    names: int = 1_000_000
+    rounds: int = 9
+    cold_rounds: int = 5
+    mount_rounds: int = 5
+
+
+QUICK = Plan(files=1000, names=100_000, rounds=5, cold_rounds=3, mount_rounds=3)
