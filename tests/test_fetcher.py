@@ -371,3 +371,18 @@ def test_evict_takes_incomplete_objects_too(bucket, cache_dir):
     connection.evict(f"{bucket.name}/shards")
     assert connection.status().status["used"] == 0
     assert not [f for f in (cache_dir / "parts").iterdir() if f.suffix != ".map" and f.stat().st_blocks]
+
+
+def test_what_a_refresh_replaced_goes_first_when_room_is_needed(bucket, cache_dir):
+    paths = [bucket.put(f"d/{n}", content(n)) for n in range(10)]
+    connection = Connection(config(cache_dir, size=12 * 53248), s3(bucket, root=f"{bucket.name}/d"))
+    connection.make_catalog()
+    connection.warm()
+    for n in range(10):
+        bucket.put(f"d/{n}", content(n + 100))
+    connection.make_catalog(refresh=True)
+    connection.warm()
+    assert connection.status().status["counters"]["streamed"] == 0
+    for n, path in enumerate(paths):
+        assert read(connection, path) == content(n + 100)
+    assert not list((cache_dir / "datasets").glob("*.superseded"))

@@ -21,6 +21,7 @@ from cachefs.catalog import Catalog
 from cachefs.datasets import DatasetRecord
 from cachefs.digest import snapshot_ref, version_ref
 from cachefs.errors import CacheFSError, CatalogError, FetcherError
+from cachefs.fetcher import superseded
 from cachefs.fetcher.attachments import Attachment
 from cachefs.fetcher.flights import Flights
 from cachefs.fetcher.index import Known
@@ -184,6 +185,8 @@ class Jobs:
                 # that must not be taken for it.
                 resume=previous is None,
             )
+            if previous is not None:
+                await asyncio.to_thread(superseded.note, home, record.id, previous, catalog)
         finally:
             if previous is not None:
                 previous.close()

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from cachefs import datasets
 from cachefs.config import CacheConfig
 from cachefs.digest import BLOCK_SIZE, content_key, snapshot_ref, version_ref
 from cachefs.errors import CacheError, CacheFull, StaleObject
+from cachefs.fetcher import superseded
 from cachefs.fetcher.attachments import Attachment, Attachments
 from cachefs.fetcher.capacity import Capacity, allocated
 from cachefs.fetcher.counters import Counters
@@ -276,21 +277,26 @@ class Objects:
                 return room.capacity.reserve(count, directory)
 
     def _evict(self, count: int, wanted_by: str) -> None:
+        """Free `count` bytes, without taking from a dataset in use: first of what a refresh has replaced."""
         room = self.room
-        candidates = [
-            Candidate(d, datasets.last_use(room.config.home, d), room.attachments.in_use(d))
-            for d in room.store.datasets()
-        ]
         freed = 0
-        for dataset in victims(candidates, wanted_by):
-            for ref in room.store.refs(dataset):
-                freed += room.store.unlink_ref(dataset, ref)
-                if freed >= count:
-                    break
+        for dataset, ref in self._may_go(wanted_by):
+            freed += room.store.unlink_ref(dataset, ref)
             if freed >= count:
                 break
         room.counters.evicted_bytes += freed
         room.capacity.free(freed)
+
+    def _may_go(self, wanted_by: str) -> Iterator[tuple[str, str]]:
+        room = self.room
+        yield from superseded.take(room.config.home)
+        candidates = [
+            Candidate(d, datasets.last_use(room.config.home, d), room.attachments.in_use(d))
+            for d in room.store.datasets()
+        ]
+        for dataset in victims(candidates, wanted_by):
+            for ref in room.store.refs(dataset):
+                yield dataset, ref
 
     async def close(self) -> None:
         await self._flights.close()

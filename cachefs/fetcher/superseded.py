@@ -1,0 +1,46 @@
+"""What a refresh has replaced: kept while there is room, because a mount may still serve the old snapshot and open
+files go on reading it, and the first to go when there is none.
+
+One text file per refreshed dataset beside its record, a ref per line. Losing it costs room, nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from cachefs.catalog import Catalog, changes
+from cachefs.digest import version_ref
+from cachefs.errors import CatalogError
+
+log = logging.getLogger("cachefs.fetcher")
+
+
+def _file(home: Path, dataset: str) -> Path:
+    return home / "datasets" / f"{dataset}.superseded"
+
+
+def note(home: Path, dataset: str, old: Catalog, new: Catalog) -> int:
+    """Write down the refs of what `old` has and `new` has not, after those of earlier refreshes; how many."""
+    count = 0
+    try:
+        with _file(home, dataset).open("a", encoding="ascii") as lines:
+            for change in changes(old, new):
+                before, after = change.old, change.new
+                if before is None or before.directory or (after is not None and after.version == before.version):
+                    continue
+                lines.write(version_ref(old.object_path(before.id), before.version) + "\n")
+                count += 1
+    except CatalogError as error:
+        log.warning("the old catalog is damaged (%s): what it alone names stays until its dataset is evicted", error)
+    return count
+
+
+def take(home: Path) -> Iterator[tuple[str, str]]:
+    """(dataset, ref) of everything superseded; a file is gone once all its lines were taken."""
+    for file in sorted((home / "datasets").glob("*.superseded")):
+        with file.open(encoding="ascii") as lines:
+            for line in lines:
+                yield file.stem, line.strip()
+        file.unlink(missing_ok=True)
