@@ -157,18 +157,18 @@ def test_hostile_names_are_served_or_skipped_with_a_reason(cache_dir: Path, tmp_
             aws_secret_access_key="hostile-secret",
             region_name="us-east-1",
         )
-        client.create_bucket(Bucket="hostile")
+        client.create_bucket(Bucket="odd-names")
         for key, data in HOSTILE.items():
-            client.put_object(Bucket="hostile", Key=key, Body=data)
+            client.put_object(Bucket="odd-names", Key=key, Body=data)
         options = s3({"endpoint_url": endpoint, "client_kwargs": {"region_name": "us-east-1"}})
-        with mounted("s3://hostile", tmp_path / "mnt", cache_dir, *options) as mnt:
+        with mounted("s3://odd-names", tmp_path / "mnt", cache_dir, *options) as mnt:
             served = {
                 str(file.relative_to(mnt)): file.read_bytes() for file in sorted(mnt.rglob("*")) if file.is_file()
             }
             expected = {key: data for key, data in HOSTILE.items() if not data.startswith(b"no") and key != "marker/"}
             assert served == expected
             assert (mnt / "marker").is_dir()
-        skipped = script("status", "--skipped", "s3://hostile", "--cache-dir", cache_dir, *options).ok().out
+        skipped = script("status", "--skipped", "s3://odd-names", "--cache-dir", cache_dir, *options).ok().out
         for key in (key for key, data in HOSTILE.items() if data.startswith(b"no")):
             assert key in skipped, key
         outside = {path.name for path in tmp_path.iterdir()} - {"cache", "mnt", "runtime"}
