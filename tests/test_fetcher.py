@@ -386,3 +386,23 @@ def test_what_a_refresh_replaced_goes_first_when_room_is_needed(bucket, cache_di
     for n, path in enumerate(paths):
         assert read(connection, path) == content(n + 100)
     assert not list((cache_dir / "datasets").glob("*.superseded"))
+
+
+def test_sequential_readers_are_read_ahead_of_and_random_ones_not(throttled, cache_dir):
+    size = 12 * BLOCK_SIZE
+    path = throttled.put("shard", bytes(size))
+    connection = Connection(config(cache_dir), s3(throttled))
+
+    def touch(offset: int) -> None:
+        os.close(connection.need(path, size=size, offset=offset, length=4096).fd)
+
+    def present() -> int:
+        return int(connection.status().status["used"]) // BLOCK_SIZE
+
+    for offset in (9 * BLOCK_SIZE, 9 * BLOCK_SIZE + 65536, 7 * BLOCK_SIZE, 7 * BLOCK_SIZE + 1):
+        touch(offset)
+    assert present() == 2
+    touch(0)
+    touch(BLOCK_SIZE)
+    wait_until(lambda: present() == 2 + 2 + 4)
+    assert throttled.throttle.traffic().object_reads <= 9  # one more where the first answer was cut off

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
+from collections import OrderedDict, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cachefs.digest import BLOCK_SIZE, block_count, block_range, version_ref
@@ -34,17 +35,28 @@ AHEAD_BLOCKS = 4
 # Blocks of one object in flight at once when all of it is asked for: the same bound as read-ahead and its block.
 WHOLE_BLOCKS = 8
 
+# As many sequential readers of one object are told apart: the ranks of a large node.
+RECENT_BLOCKS = 16
+
 # Incomplete objects whose map stays in memory: a map of 1 GiB has 128 entries.
 OPEN_PARTS = 256
 
 
+# Told (bytes so far, of how many) while a large object comes in.
+Alive = Callable[[int, int], None]
+
+
+def silent(done: int, total: int) -> None:
+    """For those who need no sign of life."""
+
+
 @dataclass
 class _Object:
-    """An object while its blocks come in. last: the block a reader asked for last, to see sequential readers."""
+    """An object while its blocks come in. recent: the blocks asked for last, to see readers that go on from there."""
 
     part: Part | None
     entry: Entry
-    last: int = -2
+    recent: deque[int] = field(default_factory=lambda: deque(maxlen=RECENT_BLOCKS))
     ahead: set[asyncio.Task[object]] = field(default_factory=set)
 
 
@@ -58,18 +70,29 @@ class LargeObjects:
         self._flights: Flights[Transit | None] = Flights()
         self._finishing: Flights[Stored | None] = Flights()
 
-    async def need(self, attachment: Attachment, request: Need, entry: Entry) -> Place:
-        """Bytes [offset, offset+length) readable: the whole blob, a block in transit, or a part."""
+    async def need(
+        self,
+        attachment: Attachment,
+        request: Need,
+        entry: Entry,
+        priority: int = FOREGROUND,
+        alive: Alive = silent,
+    ) -> Place:
+        """Bytes [offset, offset+length) readable: the whole blob, a block in transit, or a part.
+
+        alive(bytes so far, of how many) is called as the blocks of a whole object come in.
+        """
         name = part_name(attachment.identity, entry.path, entry.version)
         subject = self._subject(attachment, name, entry)
         if request.length is None:
-            return await self._whole(attachment, request, subject, name)
+            return await self._whole(attachment, request, subject, name, priority, alive)
         if request.length == 0 and subject.part is not None and not subject.part.complete:
             return str(subject.part.path), 0, 0, entry.size, entry.version  # opened, not read: nothing is fetched
         first = min(request.offset, entry.size - 1) // BLOCK_SIZE
         last = max(request.offset, min(entry.size, request.offset + request.length) - 1) // BLOCK_SIZE
-        sequential = first in (subject.last, subject.last + 1) and first > 0
-        subject.last = last
+        # Asked for again within a block is no sign of going on: random readers do that too.
+        sequential = first - 1 in subject.recent
+        subject.recent.append(last)
         passing = await self._blocks(attachment, subject, name, range(first, last + 1), FOREGROUND)
         if sequential:
             self._read_ahead(attachment, subject, name, last + 1)
@@ -81,11 +104,15 @@ class LargeObjects:
         start, stop = subject.part.run(*_span(first, last, entry.size))
         return str(subject.part.path), start, stop, entry.size, entry.version
 
-    async def _whole(self, attachment: Attachment, request: Need, subject: _Object, name: str) -> Place:
+    async def _whole(
+        self, attachment: Attachment, request: Need, subject: _Object, name: str, priority: int, alive: Alive
+    ) -> Place:
         count = block_count(subject.entry.size)
         for start in range(0, count, WHOLE_BLOCKS):
             blocks = range(start, min(count, start + WHOLE_BLOCKS))
-            if await self._blocks(attachment, subject, name, blocks, FOREGROUND) is not None:
+            passing = await self._blocks(attachment, subject, name, blocks, priority)
+            alive(block_range(blocks[-1], subject.entry.size)[1], subject.entry.size)
+            if passing is not None:
                 raise CacheFull(
                     f"{subject.entry.path}: {subject.entry.size} bytes do not fit into the cache as a whole; "
                     "read it in pieces, or give the cache more room (cache_size, --size)",

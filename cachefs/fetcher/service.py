@@ -19,7 +19,8 @@ import msgspec
 from cachefs.errors import CacheFSError, FetcherError, to_wire
 from cachefs.fetcher.attachments import Attachment
 from cachefs.fetcher.jobs import Jobs
-from cachefs.fetcher.large import LargeObjects, Place
+from cachefs.fetcher.lanes import FOREGROUND
+from cachefs.fetcher.large import Alive, LargeObjects, Place, silent
 from cachefs.fetcher.objects import Objects, Room, Stored
 from cachefs.fetcher.settings import leave_count, remember_size, take_count
 from cachefs.fetcher.transit import Transit
@@ -39,6 +40,7 @@ from cachefs.messages import (
     List,
     MakeCatalog,
     Need,
+    Progress,
     Ready,
     Refresh,
     Reply,
@@ -139,21 +141,24 @@ class Service:
 
     # --- what readers ask ---
 
-    async def bytes_of(self, attachment: Attachment, request: Need, priority: int = 0) -> Place:
+    async def bytes_of(
+        self, attachment: Attachment, request: Need, priority: int = FOREGROUND, alive: Alive = silent
+    ) -> Place:
+        """Make the bytes readable and say where. alive is called as blocks of a large object come in."""
         version, size = await self.objects.version_of(attachment, request)
         if request.size < 0 <= size:
             request = msgspec.structs.replace(request, size=size)
         result = await self.objects.whole(attachment, request, version, priority)
         if not isinstance(result, Entry):
             return result
-        return await self.large.need(attachment, request, result)
+        return await self.large.need(attachment, request, result, priority, alive)
 
-    async def ready(self, attachment: Attachment, request: Need) -> tuple[Ready, int]:
+    async def ready(self, attachment: Attachment, request: Need, alive: Alive = silent) -> tuple[Ready, int]:
         """The reply to Need and the descriptor that goes with it (-1: none). The descriptor is the caller's."""
         self.room.counters.needs += 1
-        place = await self.bytes_of(attachment, request)
+        place = await self.bytes_of(attachment, request, alive=alive)
         if isinstance(place, Stored):
-            file = str(self.room.store.path(place.key))
+            file = place.file
             reply = Ready(
                 id=request.id,
                 file=file,
@@ -274,7 +279,12 @@ class _Connection:
         service = self._service
         match request:
             case Need():
-                ready, fd = await service.ready(self._attachment(request.attachment), request)
+
+                def alive(done: int, total: int) -> None:
+                    # A reader gives up on a fetcher that shows no sign of life; a large object may take longer.
+                    self.reply(Progress(id=request.id, done=done, total=total, bytes=done, what="bytes"))
+
+                ready, fd = await service.ready(self._attachment(request.attachment), request, alive)
                 self.reply(ready, fd)
             case Hello():
                 if request.protocol != PROTOCOL:
