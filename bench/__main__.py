@@ -27,9 +27,6 @@ from cachefs.errors import CacheFSError
 
 RESULTS = Path(__file__).parent / "results"
 
-# On disk at the same time, at most: the files, and one cache of them.
-COPIES = 2
-
 # Of a catalog, and of what is sorted while it is made.
 BYTES_PER_NAME = 400
 
@@ -75,7 +72,8 @@ def _run(
         def step(text: str) -> None:
             progress.update(task, description=f"{now}: {text}")
 
-        needed = plan.files * LARGEST * COPIES + plan.names * BYTES_PER_NAME
+        copies = 1 + sum(SCENARIOS[name].caches(plan) for name in names)
+        needed = plan.files * LARGEST * copies + plan.names * BYTES_PER_NAME
         with stage(folder, needed, step) as whole:
             environment = machine.environment(whole.folder)
             if machine.load() > machine.QUIET_LOAD:

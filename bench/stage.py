@@ -6,10 +6,14 @@ end, after Ctrl-C and after a failure nothing is left.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
 import random
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -32,6 +36,12 @@ ROOT = f"{BUCKET}/train"
 SMALLEST, LARGEST = 60_000, 160_000
 
 FILES_PER_FOLDER = 1000
+
+# ext4 does not give an inode away for some minutes after it was deleted and looks at each such inode of a block group
+# whenever it makes a file there, which costs four times the making. The caches of one round and those of the next must
+# not meet there. With this attribute (chattr +T) it puts each folder below into a group of its own, as it does with
+# those at the top of a disk, which is where caches are.
+FS_IOC_GETFLAGS, FS_IOC_SETFLAGS, FS_TOPDIR_FL = 0x80086601, 0x40086602, 0x00020000
 
 # A command that takes longer hangs.
 COMMAND_SECONDS = 120.0
@@ -112,6 +122,24 @@ class Stage:
         self.manifest.write_text(json.dumps(keys))
         os.sync()  # the disk is not still busy with them when the first clock starts
 
+    def forget_pages(self) -> None:
+        """Take the files out of the page cache: who reads them next, reads them from the disk."""
+        for file in self._files():
+            _forget_pages(file)
+
+    def write_again(self) -> None:
+        """The same files with the same bytes and times, just written."""
+        for file in self._files():
+            info, data = file.stat(), file.read_bytes()
+            _forget_pages(file)
+            with file.open("r+b") as out:
+                out.write(data)
+            os.utime(file, ns=(info.st_atime_ns, info.st_mtime_ns))
+        os.sync()
+
+    def _files(self) -> Iterator[Path]:
+        return (file for file in (self.storage / ROOT).rglob("*") if file.is_file())
+
     # --- ways to read, for bench.reader ---
 
     def way(self, kind: str, **details: Any) -> dict[str, Any]:
@@ -138,13 +166,15 @@ class Stage:
 
     @contextmanager
     def cache(self) -> Iterator[Path]:
-        """The home of a cache that is not yet made; its fetcher ends, and it is removed, with the block."""
+        """The home of a cache that is not yet made; its fetcher ends with the block.
+
+        Its files stay until the end, else the next cache would meet their inodes: see FS_TOPDIR_FL.
+        """
         home = Path(tempfile.mkdtemp(prefix="cache-", dir=self.folder))
         try:
             yield home
         finally:
             stop_fetcher(home)
-            shutil.rmtree(home)
 
     @contextmanager
     def mounted(self, url: str, home: Path, port: int | None = None) -> Iterator[Mounted]:
@@ -152,13 +182,12 @@ class Stage:
         point = Path(tempfile.mkdtemp(prefix="mount-", dir=self.folder))
         try:
             told = json.loads(self.command(*self.mount_command(url, point, home), port=port))
-            try:
-                workers = [int(pid) for pid in _children(told["pid"])]
-                yield Mounted(point, home, told["pid"], workers)
-            finally:
-                self.command("umount", str(point), port=port)
+            workers = [int(pid) for pid in _children(told["pid"])]
+            yield Mounted(point, home, told["pid"], workers)
         finally:
-            point.rmdir()  # refuses as long as something is mounted there
+            if point.is_mount():
+                self.command("umount", str(point), port=port)
+            point.rmdir()
 
     def mount_command(self, url: str, point: Path, home: Path) -> list[str]:
         return ["mount", url, str(point), "--cache-dir", str(home), "--json"]
@@ -173,18 +202,26 @@ class Stage:
             "AWS_ENDPOINT_URL": options["endpoint_url"],
             "AWS_REGION": options["client_kwargs"]["region_name"],
         }
-        done = subprocess.run(
+        with subprocess.Popen(
             [sys.executable, "-m", "cachefs_sidecar", *arguments],
             env=environ,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            check=False,
-            timeout=COMMAND_SECONDS,
-            process_group=0,  # Ctrl-C is for us: a mount that is half made must come to its end to be taken away
-        )
-        if done.returncode:
-            raise RuntimeError(f"cachefs {arguments[0]}: {(done.stderr or done.stdout).strip()}")
-        return done.stdout
+            process_group=0,  # Ctrl-C is for us
+        ) as command:
+            try:
+                printed, said = command.communicate(timeout=COMMAND_SECONDS)
+            except KeyboardInterrupt:
+                # What it starts outlives it: only what is whole can be taken away again.
+                command.communicate(timeout=COMMAND_SECONDS)
+                raise
+            except subprocess.TimeoutExpired:
+                command.kill()
+                raise RuntimeError(f"cachefs {arguments[0]} did not end within {COMMAND_SECONDS:g} s") from None
+        if command.returncode:
+            raise RuntimeError(f"cachefs {arguments[0]}: {(said or printed).strip()}")
+        return printed
 
 
 @contextmanager
@@ -193,6 +230,7 @@ def stage(parent: Path | None, needed: int, step: Callable[[str], None]) -> Iter
     parent = parent or Path(tempfile.gettempdir())
     _require(parent, needed)
     folder = Path(tempfile.mkdtemp(prefix="cachefs-bench-", dir=parent))
+    _spread(folder)
     try:
         with ExitStack() as stack:
             yield Stage(folder, stack, step)
@@ -215,6 +253,25 @@ def unmount_below(folder: Path) -> None:
         if point.startswith(f"{folder}/"):
             tool = ["umount", "-l"] if os.geteuid() == 0 else ["fusermount3", "-uz"]
             subprocess.run([*tool, point], check=True)
+
+
+def _forget_pages(file: Path) -> None:
+    fd = os.open(file, os.O_RDONLY)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
+
+
+def _spread(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        flags = struct.unpack("l", fcntl.ioctl(fd, FS_IOC_GETFLAGS, struct.pack("l", 0)))[0]
+        with contextlib.suppress(OSError):  # a file system without the attribute
+            fcntl.ioctl(fd, FS_IOC_SETFLAGS, struct.pack("l", flags | FS_TOPDIR_FL))
+    except OSError as error:
+        if error.errno not in (errno.ENOTTY, errno.EOPNOTSUPP):
+            raise
+    finally:
+        os.close(fd)
 
 
 def _require(parent: Path, needed: int) -> None:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cachefs.digest import dataset_id
+from cachefs.errors import StaleObject
 
 # How often one process marks a dataset as used. Eviction compares datasets by hours, so a minute is exact enough.
 TOUCH_SECONDS = 60.0
@@ -61,6 +62,21 @@ def load_all(home: Path) -> Iterator[DatasetRecord]:
     for name in names:
         if name.endswith(".json") and (record := _read(_folder(home) / name)):
             yield record
+
+
+def require_current(home: Path, record: DatasetRecord, snapshot: str) -> None:
+    """For a reader whose catalog of `snapshot` is gone: raises StaleObject when newer ones took its place.
+
+    None of them is what the reader serves, so it must not be answered from them. Returns when there is none: then the
+    catalog itself was lost.
+    """
+    now = load(home, record.identity, record.root)
+    if now is not None and now.catalog and now.snapshot != snapshot:
+        raise StaleObject(
+            f"{record.root}: was refreshed several times since this reader began, and the snapshot that it serves is "
+            "no longer kept; `invalidate_cache()`, or a new start, takes the present one",
+            path=record.root,
+        )
 
 
 def _read(file: Path) -> DatasetRecord | None:

@@ -15,13 +15,16 @@ from bench.stage import Stage
 
 
 class Scenario(NamedTuple):
+    """caches: how many caches of all files it leaves on the disk until the end."""
+
     question: str
     measure: Callable[[Stage, Plan, Outcome], None]
+    caches: Callable[[Plan], int]
 
 
 SCENARIOS = {
-    "hot": Scenario(hot.QUESTION, hot.measure),
-    "hit": Scenario(hit.QUESTION, hit.measure),
-    "cold": Scenario(cold.QUESTION, cold.measure),
-    "million": Scenario(million.QUESTION, million.measure),
+    "hot": Scenario(hot.QUESTION, hot.measure, lambda _: 1),
+    "hit": Scenario(hit.QUESTION, hit.measure, lambda _: 1),
+    "cold": Scenario(cold.QUESTION, cold.measure, lambda plan: 2 * plan.cold_rounds),
+    "million": Scenario(million.QUESTION, million.measure, lambda _: 0),
 }

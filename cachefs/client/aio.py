@@ -12,7 +12,7 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 import msgspec
@@ -42,6 +42,7 @@ from cachefs.messages import (
 from cachefs.packets import receive, send
 
 R = TypeVar("R", bound=Reply)
+T = TypeVar("T")
 _Answer = tuple[Reply, list[int]]
 
 
@@ -167,21 +168,9 @@ class AsyncConnection:
     async def info(self, path: str) -> Entry:
         return (await self._call(lambda a, i: Info(id=i, attachment=a, path=path), Found))[0].entry
 
-    async def entries(self, path: str, *, recursive: bool = False) -> AsyncIterator[list[Entry]]:
-        """Entries below `path`, page by page. Raises FetcherError when the fetcher ends meanwhile."""
-        line = await self._line()
-        id, queue = self._open(line)
-        try:
-            line.send(List(id=id, attachment=_attachment(line), path=path, recursive=recursive))
-            more = True
-            while more:
-                page = expect((await self._next(queue))[0], Page)
-                yield page.entries
-                more = page.more
-        except LostFetcher as error:
-            raise FetcherError("the fetcher ended in the middle of a listing; list again") from error
-        finally:
-            self._close_request(line, id)
+    async def entries(self, path: str, *, recursive: bool = False) -> list[Entry]:
+        """Entries below `path`: one level, or all files."""
+        return await self._persisting(lambda line: self._listed(line, path, recursive))
 
     async def close(self) -> None:
         if self._current is not None:
@@ -191,13 +180,16 @@ class AsyncConnection:
     # --- how they travel ---
 
     async def _call(self, make: Callable[[int, int], Request], expected: type[R]) -> tuple[R, list[int]]:
+        reply, descriptors = await self._persisting(lambda line: self._exchange(line, make))
+        return expect(reply, expected), descriptors
+
+    async def _persisting(self, ask: Callable[[_Line], Awaitable[T]]) -> T:
+        """What `ask` answers, asked again (of another fetcher) when the fetcher dies meanwhile."""
         deadline = time.monotonic() + self.config.deadline
         pause = RETRY_FIRST
         while True:
             try:
-                line = await self._line()
-                reply, descriptors = await self._exchange(line, make)
-                return expect(reply, expected), descriptors
+                return await ask(await self._line())
             except LostFetcher as error:
                 if time.monotonic() + pause > deadline:
                     home = self.config.home
@@ -219,6 +211,20 @@ class AsyncConnection:
             if not answered and line.alive:
                 line.send(Cancel(id=0, target=id))
             self._close_request(line, id)
+
+    async def _listed(self, line: _Line, path: str, recursive: bool) -> list[Entry]:
+        entries: list[Entry] = []
+        id, queue = self._open(line)
+        try:
+            line.send(List(id=id, attachment=_attachment(line), path=path, recursive=recursive))
+            more = True
+            while more:
+                page = expect((await self._next(queue))[0], Page)
+                entries += page.entries
+                more = page.more
+        finally:
+            self._close_request(line, id)
+        return entries
 
     def _open(self, line: _Line) -> tuple[int, asyncio.Queue[_Answer | None]]:
         id = line.next_id

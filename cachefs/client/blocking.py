@@ -11,7 +11,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeVar
 
 import msgspec
@@ -57,6 +57,7 @@ from cachefs.messages import (
 from cachefs.packets import receive, send
 
 R = TypeVar("R", bound=Reply)
+T = TypeVar("T")
 OnProgress = Callable[[Progress], None]
 
 
@@ -128,24 +129,9 @@ class Connection:
     def info(self, path: str) -> Entry:
         return self._call(lambda a, i: Info(id=i, attachment=a.attachment, path=path), Found)[0].entry
 
-    def entries(self, path: str, *, recursive: bool = False) -> Iterator[Entry]:
-        """Entries below `path`, as they come. Not sent again once the first page has been handed out."""
-        line = self._line(self._deadline())
-        attached = self._attached(line)
-        request = List(id=line.next_id, attachment=attached.attachment, path=path, recursive=recursive)
-        line.next_id += 1
-        more = True  # also when the first reply is an error: then nothing more comes
-        try:
-            self._send(line, request)
-            while more:
-                page = expect(self._receive(line, request.id, None)[0], Page)
-                yield from page.entries
-                more = page.more
-        except LostFetcher as error:
-            raise _lost_in_listing(error) from error
-        finally:
-            if more:
-                self._hang_up()  # pages still to come would be taken for the answer to something else
+    def entries(self, path: str, *, recursive: bool = False) -> list[Entry]:
+        """Entries below `path`: one level, or all files."""
+        return self._persisting(lambda deadline: self._listed(path, recursive, deadline))
 
     def make_catalog(self, *, refresh: bool = False, progress: OnProgress | None = None) -> Catalogued:
         return self._call(
@@ -187,11 +173,15 @@ class Connection:
         expected: type[R],
         progress: OnProgress | None = None,
     ) -> tuple[R, list[int]]:
+        return self._persisting(lambda deadline: self._exchange(make, expected, progress, deadline))
+
+    def _persisting(self, ask: Callable[[float], T]) -> T:
+        """What `ask` answers, asked again (of another fetcher) when the fetcher dies meanwhile."""
         deadline = self._deadline()
         pause = RETRY_FIRST
         while True:
             try:
-                return self._exchange(make, expected, progress, deadline)
+                return ask(deadline)
             except LostFetcher as error:
                 if time.monotonic() + pause > deadline:
                     home = self.config.home
@@ -218,6 +208,23 @@ class Connection:
             if not answered:
                 self._hang_up()  # a late answer on this socket would be taken for the next request's
         return expect(reply, expected), descriptors
+
+    def _listed(self, path: str, recursive: bool, deadline: float) -> list[Entry]:
+        entries: list[Entry] = []
+        more = True  # also when the first reply is an error: then nothing more comes
+        try:
+            line = self._line(deadline)
+            request = List(id=line.next_id, attachment=self._attached(line).attachment, path=path, recursive=recursive)
+            line.next_id += 1
+            self._send(line, request)
+            while more:
+                page = expect(self._receive(line, request.id, None)[0], Page)
+                entries += page.entries
+                more = page.more
+        finally:
+            if more:
+                self._hang_up()  # pages still to come would be taken for the answer to something else
+        return entries
 
     def _line(self, deadline: float) -> _Line:
         held: tuple[int, _Line] | None = getattr(self._lines, "held", None)
@@ -286,7 +293,3 @@ class Connection:
         if held is not None:
             with contextlib.suppress(OSError):
                 held[1].sock.close()
-
-
-def _lost_in_listing(error: LostFetcher) -> FetcherError:
-    return FetcherError(f"the fetcher ended in the middle of a listing ({error}); list again")

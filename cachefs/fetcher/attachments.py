@@ -30,22 +30,27 @@ class Attachment:
     record: DatasetRecord
     snapshot: str
     _catalog: Catalog | None = field(default=None, repr=False)
+    # Hashed once: the record is replaced by that of another snapshot, never by that of another dataset.
+    dataset: str = field(init=False)
 
-    @property
-    def dataset(self) -> str:
-        return self.record.id
+    def __post_init__(self) -> None:
+        self.dataset = self.record.id
 
     @property
     def identity(self) -> str:
         return self.record.identity
 
     def catalog(self, home: Path) -> Catalog | None:
-        """The catalog of this attachment's snapshot, opened once; None when it has none (or lost it)."""
+        """The catalog of this attachment's snapshot, opened once; None when it has none (or it is damaged).
+
+        Raises StaleObject when it was removed because newer ones took its place: none of them is this snapshot.
+        """
         if self._catalog is None and not self.snapshot.startswith("g"):
             file = home / "catalogs" / self.dataset / f"{self.snapshot}.sqlite"
             try:
                 self._catalog = Catalog.open(file)
             except (CatalogError, OSError) as error:
+                datasets.require_current(home, self.record, self.snapshot)
                 log.warning("%s: cannot be used (%s); versions are taken as first seen", file, error)
                 self.snapshot = "g-lost"
         return self._catalog

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import gc
 import logging
 import os
 import signal
@@ -38,6 +39,10 @@ def host(config: CacheConfig, ready: Callable[[], None], *, log_file: Path) -> N
         listener = listen(run)
         ready()
         _stand_alone()
+        # What lives now lives on. Requests make no cycles to speak of, so looking for them 30 times less often is
+        # 4% of a fetcher's work that is not done.
+        gc.freeze()
+        gc.set_threshold(20_000, 20, 20)
         import uvloop
 
         uvloop.run(_run(config, store, index, listener))

@@ -27,6 +27,7 @@ from cachefs.fetcher.flights import Flights
 from cachefs.fetcher.index import Index, Known, Seen
 from cachefs.fetcher.lanes import FOREGROUND, Lanes
 from cachefs.fetcher.residency import Candidate, victims
+from cachefs.fetcher.storing import Storing
 from cachefs.fetcher.transit import Transit, TransitStation, memory_file
 from cachefs.messages import Entry, Need
 from cachefs.store import Reader, Store
@@ -68,6 +69,7 @@ class Room:
         self.config = config
         self.store = store
         self.reader = Reader(config.dirs)
+        self.storing = Storing(store)
         self.index = index
         self.capacity = Capacity(config.size, config.min_free)
         self.attachments = Attachments(config.home)
@@ -92,7 +94,7 @@ class Objects:
         return ((attachment.dataset, snapshot_ref(request.path, attachment.snapshot)),)
 
     def stored(self, known: Known, refs: Refs) -> Stored:
-        file = str(self.room.store.path(known.key))
+        file = self.room.storing.file(known.key)
         return Stored(known.key, known.size, known.version, known.mtime_ns, file, refs)
 
     async def version_of(self, attachment: Attachment, request: Need) -> tuple[str, int]:
@@ -113,10 +115,13 @@ class Objects:
         Raises StaleObject when the origin has another version and this one is not cached; OriginError.
         """
         refs = self.refs(attachment, request)
-        if version and (known := await self._stored(attachment, request, version, refs)):
-            return known
-        if not request.damaged and (found := self._linked(version, refs)):
-            return found
+        try:
+            if version and (known := await self._stored(attachment, request, version, refs)):
+                return known
+            if not request.damaged and (found := self._linked(version, refs)):
+                return found
+        except CacheError as error:
+            log.warning("%s: its stored copy cannot be used (%s); reading the origin", request.path, error)
         if version and (passing := self.room.transit.get((attachment.identity, request.path, version))) is not None:
             return passing
         # Readers of different snapshots may mean different versions while the version is still unknown.
@@ -175,8 +180,11 @@ class Objects:
         room = self.room
         if request.size > BLOCK_SIZE:
             return Entry(request.path, request.size, 0, version)
-        if recognised := await self._recognise(attachment, request, version, refs):
-            return recognised
+        try:
+            if recognised := await self._recognise(attachment, request, version, refs):
+                return recognised
+        except CacheError as error:
+            log.warning("%s: its stored copy cannot be used (%s); reading the origin", request.path, error)
         async with room.lanes.lane(priority):
             entry, data = await self.ask(lambda: attachment.origin.get(request.path, version=version, limit=BLOCK_SIZE))
         if version and entry.version != version:
@@ -226,12 +234,12 @@ class Objects:
         room = self.room
         try:
             several = len(room.config.dirs) > 1  # only then does it matter where the key leads
-            file = room.store.path(content_key(data)) if several else room.config.home
+            file = room.store.path(content_key(data)) if several else None
             reserved = await self.reserve(len(data), attachment.dataset, file)
         except CacheError:  # full, or no directory works any more
             return self._pass(attachment, entry, data)
         try:
-            key = await asyncio.to_thread(room.store.put, data, links=refs)
+            key = await room.storing.put(data, refs)
         except CacheError as error:
             room.counters.store_errors += 1
             room.capacity.cancel(reserved)
@@ -255,8 +263,8 @@ class Objects:
         self.room.transit.put((attachment.identity, entry.path, entry.version), transit)
         return transit
 
-    async def reserve(self, count: int, dataset: str, file: Path) -> int:
-        """Room for `count` bytes of `file`, taken from idle datasets if need be. Raises CacheFull."""
+    async def reserve(self, count: int, dataset: str, file: Path | None) -> int:
+        """Room for `count` bytes of `file` (None: in home), taken from idle datasets if need be. Raises CacheFull."""
         room = self.room
         if not room.scanned.is_set():
             try:
@@ -264,7 +272,9 @@ class Objects:
                     await room.scanned.wait()
             except TimeoutError:
                 raise CacheFull("the cache is still being counted after a crash") from None
-        directory = next((d for d in room.config.dirs if file.is_relative_to(d)), room.config.home)
+        directory = room.config.home
+        if file is not None:
+            directory = next((d for d in room.config.dirs if file.is_relative_to(d)), directory)
         try:
             return room.capacity.reserve(count, directory)
         except CacheFull:

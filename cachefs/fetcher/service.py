@@ -16,7 +16,7 @@ from collections import deque
 
 import msgspec
 
-from cachefs.errors import CacheFSError, FetcherError, to_wire
+from cachefs.errors import CacheFSError, FetcherError, ObjectNotFound, StaleObject, to_wire
 from cachefs.fetcher.attachments import Attachment
 from cachefs.fetcher.jobs import Jobs
 from cachefs.fetcher.lanes import FOREGROUND
@@ -148,10 +148,20 @@ class Service:
         version, size = await self.objects.version_of(attachment, request)
         if request.size < 0 <= size:
             request = msgspec.structs.replace(request, size=size)
-        result = await self.objects.whole(attachment, request, version, priority)
-        if not isinstance(result, Entry):
-            return result
-        return await self.large.need(attachment, request, result, priority, alive)
+        try:
+            result = await self.objects.whole(attachment, request, version, priority)
+            if not isinstance(result, Entry):
+                return result
+            return await self.large.need(attachment, request, result, priority, alive)
+        except ObjectNotFound as error:
+            if not version:
+                raise
+            # Not "no such object": the reader's snapshot has it.
+            raise StaleObject(
+                f"{request.path}: was deleted at the origin and the version of this snapshot is not cached; "
+                "`cachefs refresh` takes what is there now",
+                path=request.path,
+            ) from error
 
     async def ready(self, attachment: Attachment, request: Need, alive: Alive = silent) -> tuple[Ready, int]:
         """The reply to Need and the descriptor that goes with it (-1: none). The descriptor is the caller's."""

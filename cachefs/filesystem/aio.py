@@ -135,13 +135,10 @@ class AsyncSide:
 
     async def _entries(self, view: View, path: str, *, recursive: bool = False) -> list[Entry]:
         connection = await self._lines.of(view)
-        entries: list[Entry] = []
         try:
-            async for page in connection.entries(path, recursive=recursive):
-                entries += page
+            return await connection.entries(path, recursive=recursive)
         except (ObjectNotFound, NotADirectoryError):
             return []
-        return entries
 
     async def _exists(self, path: str, **kwargs: Any) -> bool:
         path = self._strip_protocol(path)

@@ -108,6 +108,6 @@ class SyncNames:
 
 def _entries(view: View, path: str) -> list[Entry]:
     try:
-        return list(view.connection.entries(path))
+        return view.connection.entries(path)
     except (ObjectNotFound, NotADirectoryError):
         return []

@@ -45,7 +45,10 @@ class View:
         self._catalogs = threading.local()
 
     def catalog(self) -> Catalog | None:
-        """This thread's catalog of the dataset; None when it has none, or lost it: then the fetcher is asked."""
+        """This thread's catalog of the dataset; None when it has none, or lost it: then the fetcher is asked.
+
+        Raises StaleObject when newer ones took its place before it was opened.
+        """
         if self._catalog_file is None:
             return None
         held: tuple[int, Catalog] | None = getattr(self._catalogs, "held", None)
@@ -56,6 +59,7 @@ class View:
         try:
             catalog = Catalog.open(Path(self._catalog_file))
         except CatalogError:
+            datasets.require_current(self.config.home, self.record, self.snapshot)
             self._catalog_file = None
             return None
         self._catalogs.held = (os.getpid(), catalog)

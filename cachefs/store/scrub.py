@@ -27,12 +27,14 @@ def check_blob(folder: Folder, key: bytes) -> bool:
     try:
         before = os.fstat(fd)
         digests = _read(fd, before.st_size)
-        # Whoever writes to the file while it is read changes its mtime, and must not find it sealed over.
-        untouched = os.fstat(fd).st_mtime_ns == before.st_mtime_ns
+        # Whoever writes to the file while it is read changes its mtime, and must not find it sealed over. Another
+        # check of the same blob (after a boot two readers want it at once) may have sealed it meanwhile.
+        after = os.fstat(fd).st_mtime_ns
+        untouched = after in (before.st_mtime_ns, folder.seal)
         if digests is None or not untouched or key_of(digests, before.st_size) != key:
             os.utime(fd)
             return False
-        if before.st_mtime_ns != folder.seal:
+        if after != folder.seal:
             folder.set_seal(fd)
     finally:
         os.close(fd)

@@ -13,6 +13,7 @@ import os
 import selectors
 import signal
 import socket
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ class Desk:
         self.catalogs = catalogs
         self._refreshed = refreshed
         self._refreshing = False
+        self._waiting: deque[tuple[socket.socket, Path]] = deque()
         self._crew: Crew | None = None
         path.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -134,7 +136,9 @@ class Desk:
         """All workers go over to the catalog; then the kernel forgets what changed; then the client hears."""
         assert self._crew is not None
         if self._refreshing:
-            raise MountError("a refresh of this mount is under way; try again when it is done")
+            # Also right after one: its client has heard before the process that told it has ended.
+            self._waiting.append((client, catalog))
+            return
         self._rooms.catalog(catalog).close()  # a damaged one is refused here, before any worker hears of it
         old = self.catalogs[0]
         self.catalogs = [catalog, *(c for c in self.catalogs if c != catalog)][:GENERATIONS]
@@ -186,6 +190,12 @@ class Desk:
         self._selector.unregister(pidfd)
         os.close(pidfd)
         self._refreshing = False
+        while self._waiting and not self._refreshing:
+            client, catalog = self._waiting.popleft()
+            try:
+                self._refresh(client, catalog)
+            except (CacheFSError, OSError) as error:
+                _reply(client, {"error": to_wire(error)})
 
 
 def _reply(client: socket.socket, answer: dict[str, Any]) -> None:

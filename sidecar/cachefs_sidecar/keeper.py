@@ -76,6 +76,7 @@ class Keeper:
             log.warning("%s", note)
         settings = self._settings
         with self._closers as closers:
+            self._take_signals(closers)
             self._device = mounts.mount(self._mountpoint, source=settings.origin, allow_other=settings.allow_other)
             closers.callback(os.close, self._device)
             closers.callback(self._unmount_quietly)
@@ -165,29 +166,30 @@ class Keeper:
 
     def run(self) -> int:
         """Look after the mount until it is gone; the exit status."""
-        wake, wakened = socket.socketpair()
-        with self._closers, wake, wakened:
-            for end in (wake, wakened):
-                end.setblocking(False)
-            before = {n: signal.signal(n, lambda *_: None) for n in (signal.SIGTERM, signal.SIGINT)}
-            signal.set_wakeup_fd(wakened.fileno(), warn_on_full_buffer=False)
-            self._selector.register(wake, selectors.EVENT_READ, lambda: self._signalled(wake))
+        with self._closers:
             self._desk.open(self._crew)
-            try:
-                while not self._crew.gone:
-                    for key, _ in self._selector.select(self._crew.timeout()):
-                        # An event handled before may have ended what this one is about, and a new worker may have
-                        # its number: only the very same registration counts.
-                        if self._selector.get_map().get(key.fd) is key:
-                            key.data()
-                    self._crew.look_at_clocks()
-                self._over = True
-            finally:
-                signal.set_wakeup_fd(-1)
-                for number, handler in before.items():
-                    signal.signal(number, handler)
+            while not self._crew.gone:
+                for key, _ in self._selector.select(self._crew.timeout()):
+                    # An event handled before may have ended what this one is about, and a new worker may have
+                    # its number: only the very same registration counts.
+                    if self._selector.get_map().get(key.fd) is key:
+                        key.data()
+                self._crew.look_at_clocks()
+            self._over = True
         log.info("%s: unmounted", self._mountpoint)
         return self._status
+
+    def _take_signals(self, closers: contextlib.ExitStack) -> None:
+        """From here on SIGTERM and Ctrl-C wait for the loop: to die of one would leave a dead mount behind."""
+        wake, wakened = socket.socketpair()
+        for end in (wake, wakened):
+            end.setblocking(False)
+            closers.enter_context(end)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            closers.callback(signal.signal, number, signal.signal(number, lambda *_: None))
+        signal.set_wakeup_fd(wakened.fileno(), warn_on_full_buffer=False)
+        closers.callback(signal.set_wakeup_fd, -1)
+        self._selector.register(wake, selectors.EVENT_READ, lambda: self._signalled(wake))
 
     def _signalled(self, wake: socket.socket) -> None:
         for number in wake.recv(64):

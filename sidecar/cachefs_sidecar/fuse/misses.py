@@ -191,12 +191,15 @@ class Misses:
             if not located.start <= at < located.stop:
                 raise FetcherError(f"{miss.path}: the fetcher made other bytes readable than asked for")
             data = located.read(at, min(miss.stop, located.stop) - at)
-            keep = located.start < miss.offset or located.stop > miss.stop
+            info = os.fstat(located.fd)
+            # More than one name and not complete: it became a blob just now, and is opened as one by the next READ.
+            more = located.start < miss.offset or located.stop > miss.stop
+            keep = more and (located.complete or info.st_nlink <= 1)
         finally:
             if not keep:
                 os.close(located.fd)
-        window = Window(located.start, located.stop, located.base, located.fd)
         if keep:
+            window = Window(located.start, located.stop, located.base, located.fd, info, located.complete)
             with self._lock:
                 self._reading.hold(miss.node, miss.size, window)
         return data

@@ -36,12 +36,24 @@ class Store(Protocol):
 
 
 class Window(NamedTuple):
-    """Bytes [start, stop) of an object are in `fd`, byte `o` at offset `o - base`."""
+    """Bytes [start, stop) of an object are in `fd`, byte `o` at offset `o - base`.
+
+    info: of the file, as it was when the bytes were found good. whole: it is a blob, else it is still written to.
+    """
 
     start: int
     stop: int
     base: int
     fd: int
+    info: os.stat_result
+    whole: bool
+
+    @property
+    def current(self) -> bool:
+        """Whether it may be read as it is. False when something wrote to the blob since, and when an incomplete
+        object got or lost a name: it became a blob, to be opened with its seal, or was dropped."""
+        now = os.fstat(self.fd)
+        return now.st_mtime_ns == self.info.st_mtime_ns if self.whole else now.st_nlink == self.info.st_nlink
 
 
 class Miss(NamedTuple):
@@ -100,7 +112,7 @@ class Reading:
                 if window.start <= offset and stop <= window.stop:
                     held.used = True
                     self._held.move_to_end(node)
-                    if self._fill(window.fd, offset - window.base, stop - offset):
+                    if window.current and self._fill(window.fd, offset - window.base, stop - offset):
                         return stop - offset
                     self._release(node)
                     break
@@ -166,7 +178,7 @@ class Reading:
                     whole = offset == 0 and stop == row.size
                     if not whole:
                         keep = True
-                        self.hold(node, row.size, Window(0, row.size, 0, fd))
+                        self.hold(node, row.size, Window(0, row.size, 0, fd, info, whole=True))
                         return stop - offset
                     # The kernel keeps all pages of a file that it got whole: there is no next READ to hold for.
                     if row.size > BLOCK_SIZE or self._intact(fd, row.size):
