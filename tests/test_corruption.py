@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -439,6 +440,32 @@ class tmpfs:  # noqa: N801 - used as a with statement
 
     def __exit__(self, *_: object) -> None:
         subprocess.run(["umount", "-l", self.folder], check=True)
+
+
+# --- processes and origins that end ---
+
+
+def test_names_are_listed_again_when_the_fetcher_dies(cache: Cache):
+    fs = cache.reader()
+    for question in (fs.ls, fs.find, lambda path: fs.ls(path, refresh=True), lambda path: fs.find(path, maxdepth=1)):
+        question(str(cache.root))
+        assert stop_fetcher(cache.home, sign=signal.SIGKILL)
+    fs.invalidate_cache()
+    assert fs.ls(str(cache.root), detail=False) == [cache.path("d0"), cache.path("d1")]
+    assert fs.find(str(cache.root)) == sorted(cache.path(name) for name in FILES)
+
+
+@pytest.mark.parametrize("size", [5, BLOCK_SIZE + 5])
+def test_what_the_snapshot_has_and_the_origin_no_more_is_stale(cache: Cache, size: int):
+    """Not "no such file": the listing says that there is one."""
+    file = cache.root / "gone"
+    file.write_bytes(bytes(size))
+    cache.ask(lambda connection: connection.make_catalog())
+    fs = cache.reader()
+    file.unlink()
+    with pytest.raises(StaleObject, match=r"gone.*deleted.*cachefs refresh"):
+        fs.cat_file(str(file))
+    assert fs.exists(str(file))
 
 
 # --- all at once ------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -261,6 +262,8 @@ class Model(RuleBasedStateMachine):
                 data[page + at % min(4096, len(data) - page)] ^= 0xFF
             with open(blob, "r+b") as file:
                 file.write(data)
+            # The kernel may read ahead, and so have the blob checked, while this writes; one write has one time.
+            os.utime(blob)
         else:
             os.utime(blob, ns=(self.clock * 2, self.clock * 2))
         hit = {where for where in self.cached if content_key(where[1].data).hex() == blob.name}
@@ -318,5 +321,25 @@ def test_damage_below_a_file_that_is_read_in_pieces(tmp_path: Path, monkeypatch:
             model.read_ranges("a", [(0, 5), (BLOCK_SIZE // 2, 5)])
             model.damage_or_touch([blob.stat().st_size for blob in model.blobs()].index(LARGE), 3, write=True)
             model.read_ranges("a", [(at, 4096) for at in (0, 4096, BLOCK_SIZE // 2, BLOCK_SIZE - 8192)])
+    finally:
+        model.teardown()
+
+
+def test_refreshes_at_once_wait_for_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CACHEFS_RUNTIME_DIR", str(tmp_path / "runtime"))
+    model = Model()
+    try:
+        model.mount((1, 1, 1, 1))
+        catalogs = []
+        for name in NAMES[:2]:  # more, and the catalog that is mounted would be removed
+            model.put(name, 5000)
+            catalogs.append(model.connection.make_catalog(refresh=True).file)
+        with ThreadPoolExecutor(len(catalogs)) as pool:
+            list(pool.map(partial(refresh_mount, model.info), catalogs))
+        refresh_mount(model.info, catalogs[-1])
+        model.served = dict(model.origin)
+        model.look()
+        for name in NAMES:
+            model.read_whole(name, cold=True)
     finally:
         model.teardown()

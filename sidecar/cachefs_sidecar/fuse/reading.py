@@ -112,7 +112,8 @@ class Reading:
                 if window.start <= offset and stop <= window.stop:
                     held.used = True
                     self._held.move_to_end(node)
-                    if window.current and self._fill(window.fd, offset - window.base, stop - offset):
+                    # Looked at after the bytes were read: write(2) changes the time before the bytes.
+                    if self._fill(window.fd, offset - window.base, stop - offset) and window.current:
                         return stop - offset
                     self._release(node)
                     break
@@ -177,11 +178,13 @@ class Reading:
                 if info.st_size == row.size and self._fill(fd, offset, stop - offset):
                     whole = offset == 0 and stop == row.size
                     if not whole:
-                        keep = True
-                        self.hold(node, row.size, Window(0, row.size, 0, fd, info, whole=True))
-                        return stop - offset
+                        window = Window(0, row.size, 0, fd, info, whole=True)
+                        if window.current:
+                            keep = True
+                            self.hold(node, row.size, window)
+                            return stop - offset
                     # The kernel keeps all pages of a file that it got whole: there is no next READ to hold for.
-                    if row.size > BLOCK_SIZE or self._intact(fd, row.size):
+                    elif row.size > BLOCK_SIZE or self._intact(fd, row.size):
                         return stop - offset
             finally:
                 if not keep:
