@@ -221,10 +221,36 @@ def test_a_complaint_makes_a_block_be_compared_again(part: Part) -> None:
     part.write(0, block(0))
     part.write(1, block(1))
     flip(part.path, 5)
+    part.folder.set_seal(str(part.path))  # as a bad sector: nothing wrote to the file
     assert part.checked(0)
     assert not part.checked(0, again=True)
     assert part.checked(1, again=True)
     assert part.missing == [0, 2, 3]
+
+
+def test_what_somebody_else_wrote_is_noticed(part: Part) -> None:
+    for number in range(3):
+        part.write(number, block(number))
+    flip(part.path, BLOCK_SIZE + 5)
+    assert not part.checked(1)
+    assert part.missing == [1, 3]
+    flip(part.path, 5)
+    part.write(1, block(1))  # a block of ours must not hide what was done to another one
+    assert not part.checked(0)
+    flip(part.path, 2 * BLOCK_SIZE)
+    part.write(0, block(0))
+    part.write(3, block(3))
+    with pytest.raises(DamagedBlob, match="block 2"):
+        part.finish([(DATASET, REF)])
+    part.write(2, block(2))
+    assert part.finish([(DATASET, REF)]) == content_key(CONTENT)
+
+
+def test_a_part_whose_file_somebody_removed_is_lost(part: Part) -> None:
+    part.write(0, block(0))
+    assert not part.lost
+    part.path.unlink()
+    assert part.lost
 
 
 # --- what the disk may hold after a crash ---

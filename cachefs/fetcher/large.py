@@ -132,6 +132,10 @@ class LargeObjects:
 
     def _subject(self, attachment: Attachment, name: str, entry: Entry) -> _Object:
         subject = self._open.get(name)
+        if subject is not None and subject.part is not None and subject.part.lost:
+            log.warning("%s: was removed while its object came in; it is fetched again", subject.part.path)
+            subject.part.close()
+            subject = None
         if subject is None:
             try:
                 part = self._room.store.part(name, entry.size)

@@ -81,6 +81,10 @@ class BlockMap:
         self.digests[block] = value
         self.fresh[block] = 1
 
+    def doubt(self) -> None:
+        """The bytes may have changed: compare each block with its digest before it is served."""
+        self.fresh[:] = bytes(len(self.fresh))
+
     def forget(self, block: int) -> None:
         """The bytes of `block` are not to be used (any more)."""
         self.fresh[block] = 0

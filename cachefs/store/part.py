@@ -2,6 +2,9 @@
 
 Its bytes lie in a sparse file of the object's full length, at their final offsets, so that completing it is a
 rename and descriptors that readers were given stay good. What is there is said by a map (blockmap.py).
+
+The file carries the seal (layout.py) like a blob, set again after each block. One that lost it was written to by
+somebody else, or its fetcher died between a block and the seal: then every block is compared with its digest anew.
 """
 
 from __future__ import annotations
@@ -60,6 +63,11 @@ class Part:
         return None not in self._map.digests
 
     @property
+    def lost(self) -> bool:
+        """Whether somebody removed its file: what is written to it has no name that a reader could open."""
+        return not self.closed and os.fstat(self._fd).st_nlink == 0
+
+    @property
     def missing(self) -> list[int]:
         """Numbers of the blocks that are not present."""
         return [block for block, found in enumerate(self._map.digests) if found is None]
@@ -69,9 +77,10 @@ class Part:
 
         again: compare in any case (a reader complained). A block that does not match is not present any more.
         """
-        if self._map.fresh[block] and not again:
+        if self._map.fresh[block] and not again and self._sealed():
             return True
         with self._working("checking a block"):
+            self._require_seal()
             return self._check(block, again)
 
     def run(self, start: int, stop: int) -> tuple[int, int]:
@@ -107,11 +116,15 @@ class Part:
             raise CacheError(f"block {block} of {self.size} bytes has {stop - start} bytes, not {len(data)}")
         found = digest(data)
         with self._working("storing a block"):
+            self._require_seal()
             if self._map.fresh[block] and self._map.digests[block] == found:
                 return
             self._store.directories.require_room(self.folder, len(data))
             self._map.forget(block)  # before its bytes change: see blockmap.py
-            write_all(self._fd, data, start)
+            try:
+                write_all(self._fd, data, start)
+            finally:
+                self.folder.set_seal(self._fd)
             self._map.record(block, found)
 
     def finish(self, links: Iterable[tuple[str, str]] = ()) -> bytes:
@@ -122,6 +135,7 @@ class Part:
         """
         links = checked_links(links)
         with self._working("completing an object"):
+            self._require_seal()
             for block in range(block_count(self.size)):
                 if not self._check(block, again=False):
                     raise DamagedBlob(f"{self.path}: block {block} is missing or damaged; it must be fetched again")
@@ -153,6 +167,17 @@ class Part:
             if self.closed:
                 raise CacheError(f"{self.path}: was completed or discarded")
             yield
+
+    def _sealed(self) -> bool:
+        return os.fstat(self._fd).st_mtime_ns == self.folder.seal
+
+    def _require_seal(self) -> None:
+        """Believe no block that was there before, if anybody else wrote to the file. Under the lock, so no write of
+        ours is on its way. The seal comes before the comparisons: what is written after it is noticed next time."""
+        if not self._sealed():
+            self._map.doubt()
+            os.ftruncate(self._fd, self.size)
+            self.folder.set_seal(self._fd)
 
     def _check(self, block: int, again: bool) -> bool:
         expected = self._map.digests[block]
@@ -209,6 +234,7 @@ def _open(folder: Folder, ref: str, size: int) -> tuple[int, BlockMap]:
         fd = _keep(undo, folder.create(path))
         os.ftruncate(fd, size)
         blocks = BlockMap(_keep(undo, folder.create(map_path)), size, folder.seal)
+        folder.set_seal(fd)
         blocks.begin()
         undo.pop_all()
         return fd, blocks

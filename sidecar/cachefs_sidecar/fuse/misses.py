@@ -26,6 +26,7 @@ from typing import Protocol
 
 from cachefs.client import Located
 from cachefs.errors import CacheFSError, FetcherError, FetcherTimeout, ObjectNotFound, errno_of
+from cachefs.store.layout import seal_ns
 from cachefs_sidecar.fuse.abi import UNIQUE_RESEND
 from cachefs_sidecar.fuse.reading import Miss, Reading, Window, stale
 
@@ -82,6 +83,7 @@ class Misses:
         self._lock = lock
         self._deadline = deadline
         self._pass_on = pass_on
+        self._seal = seal_ns()
         self._tasks: dict[int, tuple[asyncio.Task[None], int]] = {}
         self.replies: Replies | None = None
         self.counts: Counter[str] = Counter()
@@ -193,8 +195,13 @@ class Misses:
             data = located.read(at, min(miss.stop, located.stop) - at)
             info = os.fstat(located.fd)
             # More than one name and not complete: it became a blob just now, and is opened as one by the next READ.
+            # A file without the seal is being written to; one without a path is memory of the fetcher's.
             more = located.start < miss.offset or located.stop > miss.stop
-            keep = more and (located.complete or info.st_nlink <= 1)
+            keep = (
+                more
+                and (located.complete or info.st_nlink <= 1)
+                and (not located.file or info.st_mtime_ns == self._seal)
+            )
         finally:
             if not keep:
                 os.close(located.fd)

@@ -50,10 +50,13 @@ class Window(NamedTuple):
 
     @property
     def current(self) -> bool:
-        """Whether it may be read as it is. False when something wrote to the blob since, and when an incomplete
-        object got or lost a name: it became a blob, to be opened with its seal, or was dropped."""
+        """Whether it may be read as it is. False when something wrote to the file since (for an incomplete object
+        that may be its next block: it is asked for again), and when an incomplete object got or lost a name: it
+        became a blob, to be opened as one, or was dropped."""
         now = os.fstat(self.fd)
-        return now.st_mtime_ns == self.info.st_mtime_ns if self.whole else now.st_nlink == self.info.st_nlink
+        if now.st_mtime_ns != self.info.st_mtime_ns:
+            return False
+        return self.whole or now.st_nlink == self.info.st_nlink
 
 
 class Miss(NamedTuple):
