@@ -7,6 +7,8 @@ files elsewhere, and memory stays that of SQLite's page cache.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import sqlite3
 import time
@@ -20,6 +22,8 @@ from cachefs.errors import CacheError, CatalogError
 
 if TYPE_CHECKING:
     from cachefs.messages import Entry
+
+log = logging.getLogger("cachefs.fetcher")
 
 # Of the staging file. Another format is not resumed but started again.
 FORMAT = 1
@@ -51,6 +55,15 @@ CREATE TABLE folders(path BLOB PRIMARY KEY, id INTEGER NOT NULL, old INTEGER NOT
 _MAX_INT = 2**63 - 1
 
 Staged = tuple[int, bytes, bytes, int, int, int, str]
+
+
+def remove_abandoned(catalogs: Path) -> None:
+    """Remove what interrupted listings left below the folder `catalogs` and nobody will go on from."""
+    for file in catalogs.glob("*/*.building*"):
+        with contextlib.suppress(OSError):  # somebody begins that listing anew just now, or it is no file
+            if time.time() - file.stat().st_mtime > _RESUME_SECONDS:
+                file.unlink()
+                log.info("%s: an interrupted listing of over an hour ago, removed", file)
 
 
 class Staging:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cachefs import datasets
-from cachefs.catalog import Catalog
+from cachefs.catalog import Catalog, hold
 from cachefs.datasets import DatasetRecord
 from cachefs.digest import snapshot_ref, version_ref
 from cachefs.errors import CacheFSError, CatalogError, FetcherError
@@ -56,9 +55,6 @@ NAMED_FAILURES = 100
 
 # So that a hundred of them stay within a packet of 96 KiB whatever they are called.
 NAME_LENGTH, REASON_LENGTH = 400, 300
-
-# A catalog that a mount still serves must stay, and a mount is refreshed soon after its dataset.
-KEEP_CATALOGS = 3
 
 Send = Callable[[Reply], None]
 Fetch = Callable[[Attachment, Need, int], Awaitable[Any]]
@@ -196,7 +192,7 @@ class Jobs:
         changed = snapshot != record.snapshot
         record = replace(record, snapshot=snapshot, catalog=f"{snapshot}.sqlite")
         datasets.save(home, record)
-        _forget_old_catalogs(folder, keep=record.catalog)
+        hold.forget_old(folder, current=record.catalog)
         return record, changed
 
     def _open_catalog(self, file: Path | None) -> Catalog | None:
@@ -381,10 +377,3 @@ def _pages(entries: list[Entry]) -> Iterator[list[Entry]]:
         size += count
     if page:
         yield page
-
-
-def _forget_old_catalogs(folder: Path, keep: str) -> None:
-    files = sorted(folder.glob("*.sqlite"), key=lambda f: f.stat().st_mtime, reverse=True)
-    for file in [f for f in files if f.name != keep][KEEP_CATALOGS - 1 :]:
-        log.info("%s: superseded %d s ago, removed", file.name, time.time() - file.stat().st_mtime)
-        file.unlink(missing_ok=True)

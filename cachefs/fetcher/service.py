@@ -16,6 +16,7 @@ from collections import deque
 
 import msgspec
 
+from cachefs.catalog import staging
 from cachefs.errors import CacheFSError, FetcherError, ObjectNotFound, StaleObject, to_wire
 from cachefs.fetcher.attachments import Attachment
 from cachefs.fetcher.jobs import Jobs
@@ -127,6 +128,7 @@ class Service:
             await asyncio.to_thread(self.room.store.sweep)
             counted = (await asyncio.to_thread(self.room.store.usage)).bytes
         self.room.capacity.used += counted
+        await asyncio.to_thread(staging.remove_abandoned, self.room.config.home / "catalogs")
         self.room.scanned.set()
 
     async def _keep_house(self) -> None:

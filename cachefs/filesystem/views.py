@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cachefs import datasets
+from cachefs.catalog.hold import shared_hold
 from cachefs.client import Connection
 from cachefs.client.session import Session
 from cachefs.config import CacheConfig
@@ -43,6 +44,8 @@ class View:
         self.touch_at = 0.0
         self._catalog_file = datasets.catalog_file(config.home, record)
         self._catalogs = threading.local()
+        # So that it is still there when a thread, or a forked worker, opens it hours and refreshes later.
+        self._hold = shared_hold(self._catalog_file) if self._catalog_file else None
 
     def catalog(self) -> Catalog | None:
         """This thread's catalog of the dataset; None when it has none, or lost it: then the fetcher is asked.

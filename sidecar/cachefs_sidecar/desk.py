@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cachefs.catalog.hold import hold
 from cachefs.errors import CacheFSError, MountError, to_wire
 from cachefs.packets import peer_uid
 from cachefs_sidecar import registry
@@ -55,6 +56,7 @@ class Desk:
         self._selector = selector
         self._rooms = rooms
         self.catalogs = catalogs
+        self._holds = {file: hold(file) for file in catalogs}
         self._refreshed = refreshed
         self._refreshing = False
         self._waiting: deque[tuple[socket.socket, Path]] = deque()
@@ -139,9 +141,14 @@ class Desk:
             # Also right after one: its client has heard before the process that told it has ended.
             self._waiting.append((client, catalog))
             return
+        held = self._holds.get(catalog) or hold(catalog)
         self._rooms.catalog(catalog).close()  # a damaged one is refused here, before any worker hears of it
         old = self.catalogs[0]
         self.catalogs = [catalog, *(c for c in self.catalogs if c != catalog)][:GENERATIONS]
+        self._holds[catalog] = held
+        for file in self._holds.keys() - self.catalogs:
+            if (dropped := self._holds.pop(file)) is not None:
+                dropped.release()
         self._refreshing = True
         self._crew.ask(
             {"op": "catalogs", "files": [str(c) for c in self.catalogs]},

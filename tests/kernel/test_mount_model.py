@@ -28,11 +28,13 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, rule, run_state_machine_as_test
 
+from cachefs.catalog.hold import KEEP
 from cachefs.client import Connection
 from cachefs.client.session import Session
 from cachefs.config import CacheConfig
 from cachefs.digest import BLOCK_SIZE, content_key
 from cachefs_sidecar.control import mount_status, refresh_mount, start_mount, stop_mount
+from cachefs_sidecar.fuse.tree import GENERATIONS
 from cachefs_sidecar.registry import MountSettings
 from cachefs_sidecar.testbed import stop_fetcher
 from tests.kernel.mounting import drop_pages
@@ -331,7 +333,7 @@ def test_refreshes_at_once_wait_for_each_other(tmp_path: Path, monkeypatch: pyte
     try:
         model.mount((1, 1, 1, 1))
         catalogs = []
-        for name in NAMES[:2]:  # more, and the catalog that is mounted would be removed
+        for name in NAMES[:KEEP]:  # more, and the first is removed, as nobody serves it yet
             model.put(name, 5000)
             catalogs.append(model.connection.make_catalog(refresh=True).file)
         with ThreadPoolExecutor(len(catalogs)) as pool:
@@ -341,5 +343,31 @@ def test_refreshes_at_once_wait_for_each_other(tmp_path: Path, monkeypatch: pyte
         model.look()
         for name in NAMES:
             model.read_whole(name, cold=True)
+    finally:
+        model.teardown()
+
+
+def test_a_mount_keeps_its_snapshot_through_many_refreshes_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CACHEFS_RUNTIME_DIR", str(tmp_path / "runtime"))
+    model = Model()
+    try:
+        model.mount((1, 1, 1, 1))
+        model.read_whole("a", cold=True)
+        folder = Path(model.info.catalog).parent
+        for size in range(2 * KEEP):
+            model.put("a", 5000 + size)
+            model.connection.make_catalog(refresh=True)
+        assert len(list(folder.glob("*.sqlite"))) == KEEP + 1, "the newest few, and the one that is mounted"
+        for worker in mount_status(model.info)["workers"]:
+            os.kill(worker["pid"], signal.SIGKILL)
+        model.look()
+        for name in NAMES:
+            model.read_whole(name, cold=True)
+        # Taken over by the mount, that snapshot is one of the few before; after some more it is let go.
+        for size in range(GENERATIONS):
+            model.put("a", 5000 + size)
+            refresh_mount(model.info, model.connection.make_catalog(refresh=True).file)
+        model.connection.make_catalog(refresh=True)
+        assert not Path(model.info.catalog).exists()
     finally:
         model.teardown()
