@@ -17,6 +17,7 @@ help: ## what there is to make
 	@echo "make test    check, then all tests"
 	@echo "make check   ruff (lint and format) and mypy, over everything"
 	@echo "make bench   the numbers: ratios to the local disk and to a bare S3 client"
+	@echo "make micro   the hot paths one by one, against the figures of the last version"
 	@echo "make clean   remove what these made, .venv included"
 	@echo "ARGS=... is handed on: make demo ARGS='--images 200', make test ARGS='-k store'"
 
@@ -33,6 +34,9 @@ check: $(VENV)/test.stamp
 
 bench: $(VENV)/test.stamp system
 	$(BIN)/python -m bench $(ARGS)
+
+micro: $(VENV)/test.stamp
+	$(BIN)/python -m bench.compare $(ARGS)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks build dist
@@ -77,5 +81,5 @@ $(VENV)/%.stamp: pyproject.toml | $(VENV)/created
 	  { echo "cachefs: pip could not install the packages above; is a package registry reachable?" >&2; exit 1; }
 	@touch $@
 
-.PHONY: help demo test check bench clean system
+.PHONY: help demo test check bench micro clean system
 .SECONDARY:
