@@ -73,8 +73,8 @@ def require_current(home: Path, record: DatasetRecord, snapshot: str) -> None:
     now = load(home, record.identity, record.root)
     if now is not None and now.catalog and now.snapshot != snapshot:
         raise StaleObject(
-            f"{record.root}: was refreshed several times since this reader began, and the snapshot that it serves is "
-            "no longer kept; `invalidate_cache()`, or a new start, takes the present one",
+            f"{record.root}: was refreshed since this reader began, and the catalog of the snapshot that it serves is "
+            "gone; `invalidate_cache()`, or a new start, takes the present one",
             path=record.root,
         )
 

@@ -174,13 +174,14 @@ def test_a_mount_with_a_damaged_catalog_is_listed_again(cache: Cache, tmp_path: 
     assert cache.log().count("the dataset is listed again") == 1
 
 
-def test_a_snapshot_that_is_no_longer_kept_is_not_mixed_with_another(cache: Cache):
-    cache.make_catalog()
+def test_a_snapshot_that_is_lost_is_not_mixed_with_another(cache: Cache):
+    served = cache.make_catalog()
     old = cache.reader()
     name = min(FILES)
     for round in range(5):
         (cache.root / name).write_bytes(b"round %d" % round)
         cache.ask(lambda connection: connection.make_catalog(refresh=True))
+    served.unlink()
     for question in (old.cat_file, old.info, old.open):
         with pytest.raises(StaleObject, match="invalidate_cache"):
             question(cache.path(name))
