@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from cachefs.errors import ConfigError
+from cachefs.origin.accounts import azure_account, connection_string, gcs_endpoint
 from cachefs.origin.contract import Origin
 from cachefs.origin.failures import Place, no_credentials
 from cachefs.origin.objects import ObjectOrigin
@@ -152,7 +153,7 @@ class AzureOrigin(CloudOrigin):
 
     def configure(self, left: dict[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
         text = left.pop("connection_string", None) or environ.get("AZURE_STORAGE_CONNECTION_STRING", "")
-        string = _connection_string(str(text))
+        string = connection_string(str(text))
         for name in ("account_name", "account_host", "endpoint", "location_mode"):
             left.pop(name, None)
         config: dict[str, Any] = {"account_name": self._account}
@@ -192,47 +193,6 @@ class AzureOrigin(CloudOrigin):
             client_options=self.client_options(self._endpoint, patience),
             retry_config=patience.retry_config(),
         )
-
-
-def gcs_endpoint(options: Mapping[str, Any], environ: Mapping[str, str]) -> str:
-    """ "" = Google's own."""
-    endpoint = (
-        options.get("endpoint_url")
-        or options.get("base_url")
-        or environ.get("GOOGLE_BASE_URL")
-        or environ.get("STORAGE_EMULATOR_HOST")
-        or ""
-    )
-    return _with_scheme(str(endpoint))
-
-
-def azure_account(options: Mapping[str, Any], environ: Mapping[str, str]) -> tuple[str, str]:
-    """(account name, endpoint); endpoint "" = Azure's own of that account."""
-    text = options.get("connection_string") or environ.get("AZURE_STORAGE_CONNECTION_STRING", "")
-    string = _connection_string(str(text or ""))
-    account = (
-        options.get("account_name") or string.get("AccountName") or environ.get("AZURE_STORAGE_ACCOUNT_NAME") or ""
-    )
-    host = options.get("account_host")
-    endpoint = (
-        options.get("endpoint")
-        or (f"https://{host}" if host else "")
-        or string.get("BlobEndpoint")
-        or environ.get("AZURE_STORAGE_ENDPOINT")
-        or ""
-    )
-    return str(account), _with_scheme(str(endpoint))
-
-
-def _with_scheme(endpoint: str) -> str:
-    endpoint = endpoint.rstrip("/")
-    return endpoint if not endpoint or "://" in endpoint else f"http://{endpoint}"
-
-
-def _connection_string(text: str) -> dict[str, str]:
-    """ "AccountName=a;AccountKey=b==" -> {"AccountName": "a", "AccountKey": "b=="}."""
-    pairs = (part.partition("=") for part in text.split(";") if part)
-    return {name.strip(): value for name, _, value in pairs}
 
 
 def _ambient_gcs(environ: Mapping[str, str]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from cachefs.errors import UnsupportedOrigin
+from cachefs.origin.accounts import azure_account, gcs_endpoint
 from cachefs.origin.redaction import without_secrets
 
 # Spellings of one kind of storage. What is cached under one of them is found under the others.
@@ -113,13 +114,9 @@ class OriginSpec:
             endpoint = S3Settings.endpoint_of(self.options, self.environ)
             return f"s3 {_canonical(endpoint)}" if endpoint else "s3"
         if self.protocol == "gs":
-            from cachefs.origin.clouds import gcs_endpoint
-
             endpoint = gcs_endpoint(self.options, self.environ)
             return f"gs {_canonical(endpoint)}" if endpoint else "gs"
         if self.protocol == "az":
-            from cachefs.origin.clouds import azure_account
-
             account, endpoint = azure_account(self.options, self.environ)
             return f"az {account} {_canonical(endpoint)}".strip() if endpoint else f"az {account}"
         if self.protocol in ("http", "https"):
@@ -133,8 +130,6 @@ class OriginSpec:
         """The same identity without secrets: what a pickle may carry."""
         options = without_secrets(self.options)
         if self.protocol == "az":
-            from cachefs.origin.clouds import azure_account
-
             account, endpoint = azure_account(self.options, self.environ)
             options |= {"account_name": account} | ({"endpoint": endpoint} if endpoint else {})
         environ = {name: value for name, value in self.environ.items() if name in _HARMLESS}
