@@ -23,6 +23,7 @@ from typing import Any, Protocol
 from cachefs.errors import CacheFSError, errno_of
 from cachefs_sidecar.fuse import abi, wire
 from cachefs_sidecar.fuse.abi import Opcode
+from cachefs_sidecar.fuse.listing import Listing
 from cachefs_sidecar.fuse.negotiation import Agreement
 from cachefs_sidecar.fuse.reading import Miss, Reading
 from cachefs_sidecar.fuse.tree import Tree
@@ -37,9 +38,6 @@ FOREVER = 10 * 365 * 24 * 3600
 # Room for one request. Mutations are refused and max_write is at its minimum, so requests are names and numbers;
 # only FORGETs come in bulk (4,000 fit), when the kernel drops its inodes. At least 8 KiB, or read(2) fails.
 REQUEST_BYTES = 64 * 1024
-
-# Listing cookies: 0 is the start, 1 is behind ".", 2 behind "..", and id + 2 behind the entry `id`.
-_BEHIND_DOT, _BEHIND_DOTDOT = 1, 2
 
 _MUTATIONS = (
     Opcode.SETATTR,
@@ -65,8 +63,8 @@ _MUTATIONS = (
 _READ = int(Opcode.READ)
 _IOCTL = int(Opcode.IOCTL)
 
-# bytes: the body of a reply. int: a negative errno. None: no reply now.
-Answer = bytes | int | None
+# The body of a reply, a negative errno, or None: no reply now.
+Answer = bytes | memoryview | int | None
 
 
 class MissSink(Protocol):
@@ -98,6 +96,7 @@ class Session:
         self._lock = lock
         self._trace = trace
         self._xattrs = Attributes(tree, reading)
+        self._listing = Listing(tree, reading.buffer, FOREVER)
         self.counts: Counter[str] = Counter(IOCTL=0)
         self._catalogs: Sequence[Path] | None = None
         self._buffer = bytearray(REQUEST_BYTES)
@@ -194,7 +193,7 @@ class Session:
             if isinstance(answer, int):
                 self.reply_error(request.unique, -answer)
             elif answer is not None:
-                self._write(wire.out_header(len(answer), 0, request.unique) + answer)
+                self._write(wire.out_header(len(answer), 0, request.unique), answer)
         if self._trace:
             log.info("%s node %d: %s", request.name, request.node, _describe(answer))
 
@@ -204,10 +203,7 @@ class Session:
 
     def reply_bytes(self, unique: int, data: bytes) -> None:
         """The answer to a READ that waited. Called from the thread that took the miss."""
-        try:
-            os.writev(self._device, [wire.out_header(len(data), 0, unique), data])
-        except OSError as error:
-            _forgive(error)
+        self._write(wire.out_header(len(data), 0, unique), data)
 
     def _take_new_catalogs(self) -> None:
         if self._catalogs is not None:
@@ -228,9 +224,9 @@ class Session:
             log.exception("%s node %d failed", name, node)
             return -errno.EIO
 
-    def _write(self, reply: bytes | memoryview) -> None:
+    def _write(self, *reply: bytes | memoryview) -> None:
         try:
-            os.write(self._device, reply)
+            os.writev(self._device, reply)
         except OSError as error:
             _forgive(error)
 
@@ -263,37 +259,10 @@ class Session:
         return wire.open_out(abi.Open.KEEP_CACHE | abi.Open.CACHE_DIR)
 
     def _readdir(self, request: Request) -> Answer:
-        return self._page(request, wire.SMALLEST_DIRENT, plus=False)
+        return self._listing.page(request.node, *wire.read_in(request.body), plus=False)
 
     def _readdirplus(self, request: Request) -> Answer:
-        return self._page(request, wire.SMALLEST_DIRENT_PLUS, plus=True)
-
-    def _page(self, request: Request, smallest: int, *, plus: bool) -> bytes:
-        """As many whole entries as the kernel has room for. A cookie that is no longer there still has a place."""
-        cookie, room = wire.read_in(request.body)
-        records: list[bytes] = []
-        for dot, node, behind in (
-            (b".", request.node, _BEHIND_DOT),
-            (b"..", self._tree.get(request.node).parent or abi.ROOT, _BEHIND_DOTDOT),
-        ):
-            if cookie < behind:
-                record = wire.dirent_plus_dot(node, behind, dot) if plus else wire.dirent(node, behind, dot, True)
-                room -= len(record)
-                if room < 0:
-                    return b"".join(records)
-                records.append(record)
-        after = max(0, cookie - _BEHIND_DOTDOT)
-        for row in self._tree.children(request.node, after, max(0, room) // smallest + 1):
-            behind = row.id + _BEHIND_DOTDOT
-            if plus:
-                record = wire.dirent_plus(self._tree.attributes(row), FOREVER, behind, row.name)
-            else:
-                record = wire.dirent(row.id, behind, row.name, row.directory)
-            room -= len(record)
-            if room < 0:
-                break
-            records.append(record)
-        return b"".join(records)
+        return self._listing.page(request.node, *wire.read_in(request.body), plus=True)
 
     # --- bytes ---
 
