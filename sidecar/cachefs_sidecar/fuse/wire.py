@@ -12,17 +12,24 @@ import struct
 from collections.abc import Callable
 from typing import NamedTuple
 
-from cachefs_sidecar.fuse.abi import BLOCK, MAJOR, NAME_MAX, S_IFDIR, S_IFREG, Init, Notify, opcode_name
+from cachefs_sidecar.fuse.abi import BLOCK, MAJOR, NAME_MAX, S_IFDIR, S_IFREG, UNANSWERED, Init, Notify, opcode_name
 
 Buffer = bytes | bytearray | memoryview
 
 
 class WireError(ValueError):
-    """Bytes from the kernel that do not follow the protocol."""
+    """Bytes from the kernel that do not follow the protocol.
+
+    unique: of the request that they are, if somebody may wait for its answer; 0 = there is none to answer.
+    """
+
+    def __init__(self, text: str, unique: int = 0) -> None:
+        super().__init__(text)
+        self.unique = unique
 
 
 _IN = struct.Struct("=IIQQIIIHH")  # fuse_in_header
-_FIRST_LOOK = struct.Struct("=4xIQ")
+_FIRST_LOOK = struct.Struct("=IIQ")
 _WHOLE_READ = struct.Struct("=16xQ8xI4x8xQI")  # header and fuse_read_in
 _OUT = struct.Struct("=IiQ")  # fuse_out_header
 _INIT_IN = struct.Struct("=IIII")
@@ -111,17 +118,23 @@ def decode(data: memoryview) -> Request:
         length, opcode, unique, node, uid, gid, pid, extensions, _ = _IN.unpack_from(data)
     except struct.error as error:
         raise WireError(f"a request of {len(data)} bytes has no header") from error
+    if unique == 0:
+        # An answer to number 0 would be a notification.
+        raise WireError(f"{opcode_name(opcode)} has no number")
+    answerable = 0 if opcode in UNANSWERED else unique
     if length != len(data):
-        raise WireError(f"a request says it has {length} bytes and has {len(data)}")
+        raise WireError(f"{opcode_name(opcode)} says it has {length} bytes and has {len(data)}", answerable)
     # Extensions (security context, supplementary groups) lie behind the body, in units of 8 bytes.
     end = length - extensions * 8
     if end < IN_HEADER_BYTES:
-        raise WireError(f"a request of {length} bytes says it has {extensions * 8} bytes of extensions")
+        raise WireError(
+            f"{opcode_name(opcode)} of {length} bytes says it has {extensions * 8} bytes of extensions", answerable
+        )
     return Request(opcode, unique, node, uid, gid, pid, data[IN_HEADER_BYTES:end])
 
 
-def first_look(data: bytearray) -> tuple[int, int]:
-    """(opcode, unique) of the packet in a buffer of at least a header's size."""
+def first_look(data: bytearray) -> tuple[int, int, int]:
+    """(length that it says, opcode, unique) of the packet in a buffer of at least a header's size."""
     return _FIRST_LOOK.unpack_from(data)
 
 
