@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cachefs_sidecar.fuse import abi, wire
-from cachefs_sidecar.fuse.abi import Init, Notify, Opcode
+from cachefs_sidecar.fuse.abi import Init, Notify, Opcode, Open
 from cachefs_sidecar.fuse.negotiation import MAX_BACKGROUND, agree
 from cachefs_sidecar.fuse.wire import Attributes, WireError
 
@@ -37,6 +37,10 @@ def test_numbers_are_those_of_the_kernel_header() -> None:
     }
     for flag in Init:
         assert flag.name not in flags or flags[flag.name] == flag.value, flag
+    answers = {m[1]: 1 << int(m[2]) for m in re.finditer(r"^#define FOPEN_(\w+)\s+\(1 << (\d+)\)", text, re.MULTILINE)}
+    assert len(answers) >= 6
+    for answer in Open:
+        assert answer.name not in answers or answers[answer.name] == answer.value, answer
     codes = {m[1]: int(m[2]) for m in re.finditer(r"FUSE_NOTIFY_(\w+)\s*= (\d+),", text)}
     for code in Notify:
         assert code.name not in codes or codes[code.name] == code.value, code
