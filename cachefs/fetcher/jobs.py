@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -176,6 +177,7 @@ class Jobs:
                 record.root,
                 folder / "new.sqlite",
                 previous=previous,
+                last_id=_last_id(record, folder) if previous is None else record.last_id,
                 progress=progress,
                 # A refresh was asked for because something changed just now: what an interrupted one listed before
                 # that must not be taken for it.
@@ -186,11 +188,11 @@ class Jobs:
         finally:
             if previous is not None:
                 previous.close()
-        snapshot = catalog.summary.snapshot
+        snapshot, last_id = catalog.summary.snapshot, catalog.summary.last_id
         catalog.close()
         os.replace(folder / "new.sqlite", folder / f"{snapshot}.sqlite")
         changed = snapshot != record.snapshot
-        record = replace(record, snapshot=snapshot, catalog=f"{snapshot}.sqlite")
+        record = replace(record, snapshot=snapshot, catalog=f"{snapshot}.sqlite", last_id=last_id)
         datasets.save(home, record)
         hold.forget_old(folder, current=record.catalog)
         return record, changed
@@ -353,6 +355,17 @@ async def _heartbeat(id: int, tally: _Tally, send: Send) -> AsyncIterator[None]:
         yield
     finally:
         task.cancel()
+
+
+def _last_id(record: DatasetRecord, folder: Path) -> int:
+    """Where inode numbers go on though no catalog can be read that says it; `folder` is where catalogs are.
+
+    A mount may still serve the one that is lost, and in the kernel a number must not come to mean something else.
+    """
+    if record.last_id or not (record.catalog or any(folder.glob("*.sqlite"))):
+        return record.last_id
+    # The record is of an older version, or was lost too. More than were ever given away: a million for each second.
+    return int(time.time()) << 20
 
 
 def _is_text(path: str) -> bool:
