@@ -31,6 +31,8 @@ from cachefs.messages import Entry, Need, Ready, decode_reply, decode_request, e
 from cachefs.store import Reader, Store
 from cachefs_sidecar.fuse import wire
 from cachefs_sidecar.fuse.abi import S_IFREG
+from cachefs_sidecar.fuse.listing import Listing
+from cachefs_sidecar.fuse.tree import Tree
 
 # Bytes of a training image.
 IMAGE = 110_000
@@ -208,17 +210,20 @@ def test_wire_lookup(paired: Callable[[Operation], None]) -> None:
     paired(answer)
 
 
-def test_wire_readdirplus(paired: Callable[[Operation], None]) -> None:
-    packed = memoryview(packet(READDIRPLUS, struct.pack("=QQIIQII", 0, 0, 65536, 0, 0, 0, 0)))
-    attributes = wire.Attributes(12345, S_IFREG | 0o444, 1, 0, 0, IMAGE, 1_700_000_000_000_000_000)
+def test_listing_page(paired: Callable[[Operation], None], catalog: Catalog) -> None:
+    """Twenty entries."""
+    tree = Tree([catalog.file], Catalog.open, uid=0, gid=0)
+    directory = tree.lookup(ROOT, b"07")
+    assert directory is not None
+    listing = Listing(tree, bytearray(65536), 1000)
+    packed = memoryview(packet(READDIRPLUS, struct.pack("=QQIIQII", 0, 2, 20 * 168, 0, 0, 0, 0)))
 
     def answer() -> None:
         request = wire.decode(packed)
-        wire.read_in(request.body)
-        for cookie in range(20):
-            wire.dirent_plus(attributes, 1000, cookie, b"00012347.jpg")
+        listing.page(directory.id, *wire.read_in(request.body), plus=True)
 
     paired(answer)
+    tree.close()
 
 
 # --- between processes --------------------------------------------------------------------------------------------

@@ -23,13 +23,17 @@ TOUCH_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class DatasetRecord:
-    """identity and root: see ARCHITECTURE.md. snapshot: its id. catalog: file name below catalogs/<id>/, or ""."""
+    """identity and root: see ARCHITECTURE.md. snapshot: its id. catalog: file name below catalogs/<id>/, or "".
+
+    last_id: no inode number above it was ever given away in this dataset; 0 = not known.
+    """
 
     identity: str
     root: str
     snapshot: str = "g1"
     catalog: str = ""
     url: str = ""
+    last_id: int = 0
 
     @property
     def id(self) -> str:
@@ -82,7 +86,8 @@ def require_current(home: Path, record: DatasetRecord, snapshot: str) -> None:
 def _read(file: Path) -> DatasetRecord | None:
     try:
         raw = json.loads(file.read_bytes())
-        record = DatasetRecord(**{k: str(raw[k]) for k in ("identity", "root", "snapshot", "catalog", "url")})
+        texts = {k: str(raw[k]) for k in ("identity", "root", "snapshot", "catalog", "url")}
+        record = DatasetRecord(**texts, last_id=int(raw.get("last_id", 0)))  # came later than the others
     except (OSError, ValueError, KeyError, TypeError):
         return None  # a lost record costs a listing, never a wrong answer: its refs cannot be named without it
     return record if file.name == f"{record.id}.json" else None

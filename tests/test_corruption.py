@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from cachefs import CacheFileSystem
+from cachefs.catalog import Catalog
 from cachefs.client import Connection
 from cachefs.client.session import Session
 from cachefs.config import CacheConfig
@@ -158,6 +160,41 @@ def test_a_damaged_catalog_is_listed_again(cache: Cache, damage: Callable[[Path]
     assert cache.log().count("the dataset is listed again") == 1
     assert cache.reader().exists(cache.path("d0/new"))
     assert cache.read() == FILES
+
+
+def keep(record: Path) -> None:
+    return
+
+
+def as_written_before(record: Path) -> None:
+    """By a version that did not note the last inode number."""
+    fields = json.loads(record.read_bytes())
+    del fields["last_id"]
+    record.write_text(json.dumps(fields))
+
+
+@pytest.mark.parametrize(
+    ("damage", "lose"),
+    [(scribble, keep), (remove, keep), (truncate, as_written_before), (remove, as_written_before), (scribble, remove)],
+)
+def test_inode_numbers_are_not_used_again_after_a_damaged_catalog(
+    cache: Cache, damage: Callable[[Path], None], lose: Callable[[Path], None]
+):
+    """A mount may still serve the catalog that is lost, and the kernel has pages under its numbers."""
+    made = cache.make_catalog()
+    with Catalog.open(made) as catalog:
+        last = catalog.summary.last_id
+    damage(made)
+    (record,) = (cache.home / "datasets").glob("*.json")
+    lose(record)
+    with Catalog.open(cache.make_catalog()) as catalog:
+        assert min(row.id for _, row in catalog.files()) > last
+        last = catalog.summary.last_id
+    assert json.loads(record.read_bytes())["last_id"] == last
+    (cache.root / "new").write_bytes(b"")
+    refreshed = cache.ask(lambda connection: connection.make_catalog(refresh=True))
+    with Catalog.open(Path(refreshed.file)) as catalog:
+        assert catalog.summary.last_id == last + 1  # and from there they go on one by one
 
 
 @pytest.mark.needs_fuse

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from cachefs import memory
 from cachefs.cli import doctor_cache, doctor_machine, findings
 from cachefs.cli.findings import FAIL, OK, WARN, Finding, file_system_of
 from cachefs_sidecar.testbed import fetcher_pid
@@ -146,7 +147,7 @@ def test_memory_limits_of_control_groups(tmp_path: Path, own: str, files: dict[s
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert doctor_machine.cgroup_limit(tmp_path, tmp_path / "own") == limit
+    assert memory.cgroup_limit(tmp_path, tmp_path / "own") == limit
 
 
 def test_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
+import shutil
+import sqlite3
 import struct
 import subprocess
 import threading
@@ -214,16 +217,63 @@ def test_listings_are_whole_in_pages_of_any_size(tmp_path: Path, opcode: Opcode,
         plus = opcode == Opcode.READDIRPLUS
         seen: list[bytes] = []
         cookie = 0
+        smallest = 160 if plus else 32
+        if room < smallest:  # an empty page would be the end of the directory
+            assert mount.kernel.ask(opcode, ROOT, read_body(cookie, room)).error == -errno.EINVAL
+            return
         while body := mount.kernel.ask(opcode, ROOT, read_body(cookie, room)).body:
             assert len(body) <= room
             entries = directory(body, plus=plus)
             cookie = entries[-1][1]
             seen += [name for _, _, name, _ in entries]
-        if room <= 24 or (plus and room < 160):
-            assert not seen  # nothing fits
-        else:
-            assert seen[:2] == [b".", b".."]
-            assert sorted(seen[2:]) == sorted(name.encode() for name in names)
+        assert seen[:2] == [b".", b".."]
+        assert sorted(seen[2:]) == sorted(name.encode() for name in names)
+
+
+def test_a_listing_says_of_each_entry_what_a_lookup_says(tmp_path: Path) -> None:
+    with mounted(tmp_path) as mount:
+        odd: dict[str, bytes] = {
+            "a": b"",
+            "before 1970": b".",
+            "folder/x": b".",
+            "n" * 255: b"x" * 4097,
+            "caf\u00e9": b"x",
+        }
+        builder = Builder(tmp_path / "odd.sqlite", identity="test", root="b")
+        for path, content in odd.items():
+            time_ns = {"a": 0, "before 1970": -1}.get(path, TIME_NS)
+            builder.add(Entry(f"b/{path}", len(content), time_ns, "v"))
+        builder.seal().close()
+        with mount.lock:
+            mount.session.switch_before_next([tmp_path / "odd.sqlite"])
+        body = mount.kernel.ask(Opcode.READDIRPLUS, ROOT, read_body(2, 65536)).body
+        at = 0
+        for _, _, name, kind in directory(body, plus=True):
+            assert body[at : at + 128] == mount.kernel.ask(Opcode.LOOKUP, ROOT, name + b"\0").body
+            assert kind == struct.unpack_from("=I", body, at + 100)[0] >> 12
+            at += 152 + len(name) + -len(name) % 8
+        assert at == len(body)
+        assert len(directory(body, plus=True)) == len(odd)
+
+
+def test_odd_positions_in_a_listing(mount: Mounted) -> None:
+    for opcode in (Opcode.READDIR, Opcode.READDIRPLUS):
+        for cookie in (2**32, 2**63 - 1, 2**63, 2**64 - 1):  # behind the last entry, and no number of SQLite's
+            assert mount.kernel.ask(opcode, ROOT, read_body(cookie, 4096))[2] == b""
+        whole = mount.kernel.ask(opcode, ROOT, read_body(0, 2**32 - 1)).body  # more than a page can have
+        assert whole == mount.kernel.ask(opcode, ROOT, read_body(0, 4096)).body
+        assert mount.kernel.ask(opcode, 9999, read_body(0, 4096)).error == -errno.ESTALE
+        assert mount.kernel.ask(opcode, mount.node("empty"), read_body(2, 4096)).body == b""  # no directory
+
+
+def test_a_listing_from_a_damaged_catalog_is_an_error(mount: Mounted) -> None:
+    bad = mount.folder / "bad.sqlite"
+    shutil.copy(mount.catalog, bad)
+    with contextlib.closing(sqlite3.connect(bad, isolation_level=None)) as damaged:
+        damaged.execute("UPDATE entries SET size = 'text' WHERE name = CAST('cold' AS BLOB)")
+    with mount.lock:
+        mount.session.switch_before_next([bad])
+    assert mount.kernel.ask(Opcode.READDIRPLUS, mount.node("d"), read_body(0, 4096)).error == -errno.EIO
 
 
 def test_dot_dot_is_the_parent(mount: Mounted) -> None:

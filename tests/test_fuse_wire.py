@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cachefs_sidecar.fuse import abi, wire
-from cachefs_sidecar.fuse.abi import Init, Notify, Opcode
+from cachefs_sidecar.fuse.abi import Init, Notify, Opcode, Open
 from cachefs_sidecar.fuse.negotiation import MAX_BACKGROUND, agree
 from cachefs_sidecar.fuse.wire import Attributes, WireError
 
@@ -37,6 +37,10 @@ def test_numbers_are_those_of_the_kernel_header() -> None:
     }
     for flag in Init:
         assert flag.name not in flags or flags[flag.name] == flag.value, flag
+    answers = {m[1]: 1 << int(m[2]) for m in re.finditer(r"^#define FOPEN_(\w+)\s+\(1 << (\d+)\)", text, re.MULTILINE)}
+    assert len(answers) >= 6
+    for answer in Open:
+        assert answer.name not in answers or answers[answer.name] == answer.value, answer
     codes = {m[1]: int(m[2]) for m in re.finditer(r"FUSE_NOTIFY_(\w+)\s*= (\d+),", text)}
     for code in Notify:
         assert code.name not in codes or codes[code.name] == code.value, code
@@ -93,18 +97,35 @@ def test_times_before_1970() -> None:
     assert struct.unpack_from("=I", entry, 16 + 52)[0] == 999_999_999
 
 
-@given(name=st.binary(min_size=1, max_size=255).filter(lambda n: b"\0" not in n), node=st.integers(2, 2**63))
+NAMES = st.binary(min_size=1, max_size=255).filter(lambda n: b"\0" not in n)
+
+
+@given(name=NAMES, node=st.integers(2, 2**63))
 def test_directory_records_are_aligned_and_read_back(name: bytes, node: int) -> None:
     plain = wire.dirent(node, 77, name, directory=True)
-    plus = wire.dirent_plus(FILE._replace(node=node), 5, 77, name)
-    assert len(plain) % 8 == len(plus) % 8 == 0
+    assert len(plain) % 8 == 0
     assert len(plain) >= wire.SMALLEST_DIRENT
-    assert len(plus) >= wire.SMALLEST_DIRENT_PLUS
-    assert plus[:128] == wire.entry_out(FILE._replace(node=node), 5)
-    for record, kind in ((plain, 4), (plus[128:], 8)):
-        assert struct.unpack_from("=QQII", record) == (node, 77, len(name), kind)
-        assert record[24 : 24 + len(name)] == name
-        assert not record[24 + len(name) :].strip(b"\0")
+    assert_dirent(plain, node, 77, name, 4)
+
+
+@given(name=NAMES, node=st.integers(2, 2**63), mtime_ns=st.integers(-(2**62), 2**62))
+def test_directory_records_with_attributes_begin_as_an_entry(name: bytes, node: int, mtime_ns: int) -> None:
+    padded = len(name) + 7 & -8
+    record = bytearray(b"?" * (wire.PLUS_BYTES + padded))
+    seconds, nanos = divmod(mtime_ns, 10**9)
+    times = (seconds, seconds, seconds, nanos, nanos, nanos)
+    rest = wire.entry_rest(5), wire.attr_rest(FILE.mode, FILE.links, FILE.uid, FILE.gid)
+    pack = wire.PLUS_RECORDS[padded]
+    pack(record, 0, node, rest[0], node, FILE.size, 16, *times, rest[1], node, 77, len(name), 8, name)
+    assert len(record) >= wire.SMALLEST_DIRENT_PLUS
+    assert record[:128] == wire.entry_out(FILE._replace(node=node, mtime_ns=mtime_ns), 5)
+    assert_dirent(bytes(record[128:]), node, 77, name, 8)
+
+
+def assert_dirent(record: bytes, node: int, cookie: int, name: bytes, kind: int) -> None:
+    assert struct.unpack_from("=QQII", record) == (node, cookie, len(name), kind)
+    assert record[24 : 24 + len(name)] == name
+    assert record[24 + len(name) :] == b"\0" * (-len(name) % 8)
 
 
 def test_notifications() -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cachefs.catalog.compare import Change as Change
     from cachefs.catalog.compare import changes as changes
     from cachefs.catalog.format import ROOT as ROOT
+    from cachefs.catalog.format import Listed as Listed
     from cachefs.catalog.format import Row as Row
     from cachefs.catalog.format import Summary as Summary
     from cachefs.catalog.listing import build as build
@@ -26,13 +27,14 @@ _HOMES = {
     "Builder": "builder",
     "Catalog": "catalog",
     "Change": "compare",
+    "Listed": "format",
     "Row": "format",
     "Summary": "format",
     "build": "listing",
     "changes": "compare",
 }
 
-__all__ = ["ROOT", "Builder", "Catalog", "Change", "Row", "Summary", "build", "changes"]
+__all__ = ["ROOT", "Builder", "Catalog", "Change", "Listed", "Row", "Summary", "build", "changes"]
 
 
 def __getattr__(name: str) -> Any:

@@ -50,16 +50,26 @@ class Builder:
     """
 
     def __init__(
-        self, file: Path, *, identity: str, root: str, previous: Catalog | None = None, resume: bool = True
+        self,
+        file: Path,
+        *,
+        identity: str,
+        root: str,
+        previous: Catalog | None = None,
+        last_id: int = 0,
+        resume: bool = True,
     ) -> None:
-        """Raises CatalogError (another process at work on the same file), CacheFull, CacheError."""
+        """last_id: the largest inode number that may be in use, for when `previous` cannot say it.
+
+        Raises CatalogError (another process at work on the same file), CacheFull, CacheError.
+        """
         self._file = file
         self._sealing = file.with_name(file.name + ".sealing")
         self._identity = identity
         self._root = root
         # A connection of our own: `seal` runs in a thread while others use the previous catalog.
         self._previous = None if previous is None else previous.file
-        self._last_id = ROOT if previous is None else previous.summary.last_id
+        self._last_id = max(ROOT, last_id, 0 if previous is None else previous.summary.last_id)
         self._cancelled = False
         self._staging = Staging(file.with_name(file.name + ".building"), identity=identity, root=root, resume=resume)
 

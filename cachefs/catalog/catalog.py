@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from urllib.parse import quote
 
-from cachefs.catalog.format import DAMAGE, ROOT, Row, Summary, check_header, prefix_of
+from cachefs.catalog.format import DAMAGE, ROOT, Listed, Row, Summary, check_header, prefix_of
 from cachefs.errors import CatalogError, ObjectNotFound
 
 # Measured with a million entries: lookups in directories in use take 3 us with 4 MiB and more, 5 us with 2 MiB.
@@ -32,6 +32,12 @@ _LOOKUP = f"SELECT {_COLUMNS} FROM entries INDEXED BY by_name WHERE parent = ? A
 _NAMED = f"SELECT {_COLUMNS} FROM entries INDEXED BY by_name WHERE parent = ?1 AND id > ?1 ORDER BY name"  # noqa: S608
 _CHILDREN = (
     f"SELECT {_COLUMNS} FROM entries INDEXED BY by_parent "  # noqa: S608
+    "WHERE parent = ? AND id > ? ORDER BY id LIMIT ?"
+)
+
+# What a listing shows; the version, half of a row's bytes, is left out.
+_LISTED = (
+    "SELECT id, name, directory, size, mtime_ns FROM entries INDEXED BY by_parent "
     "WHERE parent = ? AND id > ? ORDER BY id LIMIT ?"
 )
 
@@ -124,6 +130,18 @@ class Catalog:
         """At most `limit` entries of directory `parent` with ids above `after`, in id order."""
         try:
             return [_row(raw) for raw in self._connection.execute(_CHILDREN, (parent, max(after, parent), limit))]
+        except DAMAGE as error:
+            raise self._failed(error) from error
+        except OverflowError:
+            return []
+
+    def listed(self, parent: int, after: int, limit: int) -> list[Listed]:
+        """The same entries with no more than a listing shows of them, in half the time: see `format.Listed`.
+
+        What a damaged file has in place of a name or a number is passed on as it is.
+        """
+        try:
+            return self._connection.execute(_LISTED, (parent, max(after, parent), limit)).fetchall()
         except DAMAGE as error:
             raise self._failed(error) from error
         except OverflowError:

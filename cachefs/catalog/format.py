@@ -60,6 +60,10 @@ class Row(NamedTuple):
     version: str
 
 
+# (id, name, 1 for a directory, size, mtime_ns) of an entry in a listing: no class, because millions are made at a time.
+Listed = tuple[int, bytes, int, int, int]
+
+
 class Summary(NamedTuple):
     """A whole catalog. directories: without the root. skipped: names that are not served. created: Unix time.
 

@@ -65,6 +65,7 @@ async def build(
     file: Path,
     *,
     previous: Catalog | None = None,
+    last_id: int = 0,
     progress: Progress | None = None,
     resume: bool = True,
 ) -> Catalog:
@@ -72,14 +73,16 @@ async def build(
 
     progress(objects, bytes) is called at most every 0.2 s, and once at the end; also while the catalog is written.
     What was listed before a failure or a cancellation is kept for an hour, and the next call goes on from there
-    unless resume=False.
+    unless resume=False. previous, last_id: see Builder.
 
     Raises ObjectNotFound (there is nothing at `root`), ConfigError (`root` is an object), CacheFull, CacheError,
     and what the origin raises.
     """
     # SQLite waits for the disk, so it works in a thread of its own, and the event loop goes on.
     thread = ThreadPoolExecutor(1, thread_name_prefix="cachefs-catalog")
-    opening = thread.submit(Builder, file, identity=origin.identity, root=root, previous=previous, resume=resume)
+    opening = thread.submit(
+        Builder, file, identity=origin.identity, root=root, previous=previous, last_id=last_id, resume=resume
+    )
     try:
         builder = await asyncio.shield(asyncio.wrap_future(opening))
         listing = _Listing(origin, root, builder, thread, progress)

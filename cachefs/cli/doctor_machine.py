@@ -16,6 +16,7 @@ from pathlib import Path
 from cachefs.cli.findings import FAIL, OK, WARN, Finding, file_systems
 from cachefs.config import format_size, runtime_dir
 from cachefs.errors import ConfigError
+from cachefs.memory import cgroup_limit
 
 FUSE_DEVICE = "/dev/fuse"
 
@@ -178,41 +179,14 @@ def _memory() -> Iterator[Finding]:
     fact = f"{format_size(total)}"
     if limit is not None and limit < total:
         fact += f", this control group may use {format_size(limit)}"
+    if hand := os.environ.get("CACHEFS_MEMORY"):
+        fact += f", CACHEFS_MEMORY={hand}"
     if usable < MEMORY_WANTED:
         yield Finding(
             WARN, "memory", fact, "give at least 1 GiB; what the kernel keeps of hot files counts towards the limit too"
         )
     else:
         yield Finding(OK, "memory", fact)
-
-
-def cgroup_limit(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
-    """Bytes of memory that this process's control groups allow, the least of all levels; None = no limit."""
-    limits = []
-    try:
-        lines = own.read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            top, file = root, "memory.max"
-        elif "memory" in controllers.split(","):
-            top, file = root / "memory", "memory.limit_in_bytes"
-        else:
-            continue
-        folder = top / path.lstrip("/")
-        for level in (folder, *folder.parents):
-            try:
-                text = (level / file).read_text().strip()
-            except OSError:
-                text = "max"  # the root has no limit, and a container does not see the levels above its own
-            if text.isdigit():
-                limits.append(int(text))
-            if level == top:
-                break
-    # Version 1 writes "no limit" as the largest multiple of a page below 2**63.
-    return min((n for n in limits if n < 2**62), default=None)
 
 
 def _python() -> Iterator[Finding]:

@@ -76,8 +76,8 @@ def _fetcher(config: CacheConfig) -> tuple[dict[str, Any] | None, str]:
 def _fetcher_report(status: dict[str, Any] | None) -> dict[str, Any]:
     if status is None:
         return {"running": False}
-    kept = ("pid", "started", "connections", "size", "min_free", "counters")
-    return {"running": True} | {name: status[name] for name in kept}
+    kept = ("pid", "started", "connections", "size", "min_free", "counters", "memory")
+    return {"running": True} | {name: status[name] for name in kept if name in status}  # it may be of another version
 
 
 def _cache(config: CacheConfig, fetcher: dict[str, Any] | None) -> dict[str, Any]:
@@ -214,6 +214,11 @@ def _fetcher_lines(fetcher: dict[str, Any]) -> list[str]:
         f"{count(counters['origin_errors'], 'error')}",
         f"  asked for {counters['needs']:,}: {counters['stored']:,} were stored, {counters['streamed']:,} did not fit",
     ]
+    if memory := fetcher.get("memory"):
+        lines.append(
+            f"  memory: {format_size(memory['in_flight'])} of at most {format_size(memory['in_flight_limit'])} in "
+            f"flight, of {format_size(memory['usable'])} that may be used"
+        )
     if counters["damaged"] or counters["store_errors"]:
         lines.append(f"  disk: {counters['damaged']:,} damaged, {count(counters['store_errors'], 'failed write')}")
     return lines

@@ -181,6 +181,14 @@ class LargeObjects:
             return passing
         if await self._present(subject, block):
             return None  # a flight that landed between the caller's look and this one brought it
+        async with self._room.in_flight.hold(stop - start, priority):
+            return await self._fetch_and_keep(attachment, subject, block, priority)
+
+    async def _fetch_and_keep(
+        self, attachment: Attachment, subject: _Object, block: int, priority: int
+    ) -> Transit | None:
+        entry = subject.entry
+        start, stop = block_range(block, entry.size)
         counters = self._room.counters
         async with self._room.lanes.lane(priority):
             counters.origin_requests += 1
@@ -193,7 +201,7 @@ class LargeObjects:
         if subject.part is not None and await self._store(attachment, subject.part, block, data):
             return None
         transit = Transit(memory_file(data), start, stop, entry.size, entry.version, entry.mtime_ns)
-        self._room.transit.put(key, transit)
+        self._room.transit.put((attachment.identity, entry.path, entry.version, block), transit)
         counters.streamed += 1
         return transit
 

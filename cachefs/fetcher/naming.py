@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -91,6 +92,7 @@ class Naming:
                 record.root,
                 folder / "new.sqlite",
                 previous=previous,
+                last_id=_last_id(record, folder) if previous is None else record.last_id,
                 progress=progress,
                 # A refresh was asked for because something changed just now: what an interrupted one listed before
                 # that must not be taken for it.
@@ -101,11 +103,11 @@ class Naming:
         finally:
             if previous is not None:
                 previous.close()
-        snapshot = catalog.summary.snapshot
+        snapshot, last_id = catalog.summary.snapshot, catalog.summary.last_id
         catalog.close()
         os.replace(folder / "new.sqlite", folder / f"{snapshot}.sqlite")
         changed = snapshot != record.snapshot
-        record = replace(record, snapshot=snapshot, catalog=f"{snapshot}.sqlite")
+        record = replace(record, snapshot=snapshot, catalog=f"{snapshot}.sqlite", last_id=last_id)
         datasets.save(home, record)
         hold.forget_old(folder, current=record.catalog)
         return record, changed
@@ -128,6 +130,17 @@ class Naming:
         datasets.save(self._room.config.home, record)
         attachment.record, attachment.snapshot = record, record.snapshot
         send(Done(id=request.id))
+
+
+def _last_id(record: DatasetRecord, folder: Path) -> int:
+    """Where inode numbers go on though no catalog can be read that says it; `folder` is where catalogs are.
+
+    A mount may still serve the one that is lost, and in the kernel a number must not come to mean something else.
+    """
+    if record.last_id or not (record.catalog or any(folder.glob("*.sqlite"))):
+        return record.last_id
+    # The record is of an older version, or was lost too. More than were ever given away: a million for each second.
+    return int(time.time()) << 20
 
 
 def _is_text(path: str) -> bool:

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from cachefs import datasets
+from cachefs import datasets, memory
+from cachefs.budget import Budget
 from cachefs.config import CacheConfig
 from cachefs.digest import BLOCK_SIZE, content_key, snapshot_ref, version_ref
 from cachefs.errors import CacheError, CacheFull, StaleObject
@@ -28,7 +29,7 @@ from cachefs.fetcher.index import Index, Known, Seen
 from cachefs.fetcher.lanes import FOREGROUND, Lanes
 from cachefs.fetcher.residency import Candidate, victims
 from cachefs.fetcher.storing import Storing
-from cachefs.fetcher.transit import Transit, TransitStation, memory_file
+from cachefs.fetcher.transit import KEEP_BYTES, KEEP_LEAST, KEEP_SHARE, Transit, TransitStation, memory_file
 from cachefs.messages import Entry, Need
 from cachefs.store import Reader, Store
 
@@ -46,6 +47,10 @@ SCAN_PATIENCE = 1.0
 # Eviction frees more than the one object that asked, so that the next ones find room without evicting again.
 EVICT_AT_LEAST = 64 * 1024 * 1024
 
+
+# Bytes of objects in memory, from the request for them until they are stored: a share of what there is. Sixty-four
+# lanes with a block each are 512 MiB; with fewer than eight blocks a single reader is not read ahead of.
+IN_FLIGHT_SHARE, IN_FLIGHT_LEAST, IN_FLIGHT_MOST = 16, 8 * BLOCK_SIZE, 64 * BLOCK_SIZE
 
 # (dataset, ref) pairs: where a reader looks for an object.
 Refs = tuple[tuple[str, str], ...]
@@ -75,7 +80,8 @@ class Room:
         self.attachments = Attachments(config.home)
         self.counters = Counters()
         self.lanes = Lanes()
-        self.transit = TransitStation()
+        self.in_flight = Budget(memory.share(IN_FLIGHT_SHARE, least=IN_FLIGHT_LEAST, most=IN_FLIGHT_MOST))
+        self.transit = TransitStation(memory.share(KEEP_SHARE, least=KEEP_LEAST, most=KEEP_BYTES))
         self.scanned = asyncio.Event()
 
 
@@ -185,6 +191,14 @@ class Objects:
                 return recognised
         except CacheError as error:
             log.warning("%s: its stored copy cannot be used (%s); reading the origin", request.path, error)
+        # Of unknown size: as much as will be taken.
+        async with room.in_flight.hold(request.size if request.size >= 0 else BLOCK_SIZE, priority):
+            return await self._fetch_and_keep(attachment, request, version, refs, priority)
+
+    async def _fetch_and_keep(
+        self, attachment: Attachment, request: Need, version: str, refs: Refs, priority: int
+    ) -> Stored | Transit | Entry:
+        room = self.room
         async with room.lanes.lane(priority):
             entry, data = await self.ask(lambda: attachment.origin.get(request.path, version=version, limit=BLOCK_SIZE))
         if version and entry.version != version:

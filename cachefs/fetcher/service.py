@@ -16,6 +16,7 @@ from collections import deque
 
 import msgspec
 
+from cachefs import memory
 from cachefs.catalog import staging
 from cachefs.errors import CacheFSError, FetcherError, ObjectNotFound, StaleObject, to_wire
 from cachefs.fetcher.attachments import Attachment
@@ -229,6 +230,12 @@ class Service:
             "reserved": capacity.reserved,
             "scanned": self.room.scanned.is_set(),
             "connections": len(self._connections),
+            "memory": {
+                "usable": memory.usable(),
+                "in_flight": self.room.in_flight.used,
+                "in_flight_most": self.room.in_flight.most,
+                "in_flight_limit": self.room.in_flight.limit,
+            },
             "counters": self.room.counters.as_dict(),
         }
 

@@ -16,6 +16,9 @@ from typing import NamedTuple
 # 600 images of 110 KB for ranks that follow one another; small against what one training process takes.
 KEEP_BYTES = 64 * 1024 * 1024
 
+# Where memory is short: a share of it, and never less than two blocks, or readers of one would fetch it in turns.
+KEEP_SHARE, KEEP_LEAST = 64, 16 * 1024 * 1024
+
 
 class Transit(NamedTuple):
     """fd: a memfd with bytes [start, stop) of the object. size and version are the object's."""

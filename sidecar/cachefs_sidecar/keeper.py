@@ -31,7 +31,7 @@ from cachefs.errors import CacheFSError, MountError, to_wire
 from cachefs_sidecar import mounts, registry
 from cachefs_sidecar.crew import Crew
 from cachefs_sidecar.desk import Desk
-from cachefs_sidecar.fuse import worker
+from cachefs_sidecar.fuse import tracing, worker
 from cachefs_sidecar.fuse.negotiation import negotiate
 from cachefs_sidecar.registry import MountInfo, MountSettings
 
@@ -241,7 +241,7 @@ def set_up_logging() -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(message)s"))
     handler.addFilter(_Bounded())
     log.addHandler(handler)
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.DEBUG if tracing.wanted() else logging.INFO)
     log.propagate = False
 
 
@@ -256,6 +256,8 @@ class _Bounded(logging.Filter):
         self._lines = 0
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno <= logging.DEBUG:
+            return True  # whoever wants a trace wants all of it
         now = time.monotonic()
         if now - self._since > self.SECONDS:
             self._since, self._lines = now, 0

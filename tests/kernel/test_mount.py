@@ -351,6 +351,25 @@ def test_no_secret_is_to_be_seen(data: Dataset, monkeypatch: pytest.MonkeyPatch)
     assert "hush" not in repr(data.settings(session=session))
 
 
+def test_a_trace_shows_the_protocol_by_name(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CACHEFS_DEBUG", "fuse")
+    data.write({f"many/{number}": b"x" for number in range(300)})
+    data.snapshot()
+    info = start_mount(data.settings())
+    assert (data.mountpoint / "a.jpg").read_bytes() == FILES["a.jpg"]
+    for number in range(300):
+        assert (data.mountpoint / f"many/{number}").read_bytes() == b"x"
+    until(lambda: "name='299' -> 128 bytes" in Path(info.log).read_text())
+    trace = Path(info.log).read_text()
+    node = os.stat(data.mountpoint / "a.jpg").st_ino
+    assert "|NO_OPEN_SUPPORT|" in trace
+    assert f"node={node} pid={os.getpid()} offset=0 size=" in trace
+    assert "-> 110000 bytes" in trace
+    assert "IOCTL" in trace
+    assert "OPEN unique=" in trace
+    assert "-> ENOSYS" in trace
+
+
 def test_foreground_ends_with_ctrl_c(data: Dataset) -> None:
     keeper = data.keeper()
     assert (data.mountpoint / "a.jpg").read_bytes() == FILES["a.jpg"]

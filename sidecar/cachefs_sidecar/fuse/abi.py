@@ -82,6 +82,10 @@ class Opcode(IntEnum):
     COPY_FILE_RANGE_64 = 53
 
 
+# Nobody waits for an answer to these; one with their number would be an error, or end another request.
+UNANSWERED = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT, Opcode.NOTIFY_REPLY})
+
+
 class Notify(IntEnum):
     INVAL_INODE = 2
     INVAL_ENTRY = 3
@@ -89,30 +93,64 @@ class Notify(IntEnum):
 
 
 class Init(IntFlag):
-    """Flags of INIT that this project offers, wants or reports."""
+    """Flags of INIT. Those that are asked for: see negotiation.py. The others are here for logs."""
 
     ASYNC_READ = 1 << 0
+    POSIX_LOCKS = 1 << 1
+    FILE_OPS = 1 << 2
+    ATOMIC_O_TRUNC = 1 << 3
+    EXPORT_SUPPORT = 1 << 4
     BIG_WRITES = 1 << 5
+    DONT_MASK = 1 << 6
+    SPLICE_WRITE = 1 << 7
+    SPLICE_MOVE = 1 << 8
+    SPLICE_READ = 1 << 9
+    FLOCK_LOCKS = 1 << 10
+    HAS_IOCTL_DIR = 1 << 11
     AUTO_INVAL_DATA = 1 << 12
     DO_READDIRPLUS = 1 << 13
     READDIRPLUS_AUTO = 1 << 14
+    ASYNC_DIO = 1 << 15
+    WRITEBACK_CACHE = 1 << 16
     NO_OPEN_SUPPORT = 1 << 17
     PARALLEL_DIROPS = 1 << 18
+    HANDLE_KILLPRIV = 1 << 19
+    POSIX_ACL = 1 << 20
+    ABORT_ERROR = 1 << 21
     MAX_PAGES = 1 << 22
     CACHE_SYMLINKS = 1 << 23
     NO_OPENDIR_SUPPORT = 1 << 24
     EXPLICIT_INVAL_DATA = 1 << 25
+    MAP_ALIGNMENT = 1 << 26
+    SUBMOUNTS = 1 << 27
+    HANDLE_KILLPRIV_V2 = 1 << 28
+    SETXATTR_EXT = 1 << 29
     INIT_EXT = 1 << 30
+    INIT_RESERVED = 1 << 31
+    SECURITY_CTX = 1 << 32
+    HAS_INODE_DAX = 1 << 33
+    CREATE_SUPP_GROUP = 1 << 34
     HAS_EXPIRE_ONLY = 1 << 35
+    DIRECT_IO_ALLOW_MMAP = 1 << 36
     PASSTHROUGH = 1 << 37
+    NO_EXPORT_SUPPORT = 1 << 38
     HAS_RESEND = 1 << 39
+    ALLOW_IDMAP = 1 << 40
+    OVER_IO_URING = 1 << 41
+    REQUEST_TIMEOUT = 1 << 42
 
 
 class Open(IntFlag):
     """Flags of the reply to OPEN and OPENDIR."""
 
+    DIRECT_IO = 1 << 0
     KEEP_CACHE = 1 << 1
+    NONSEEKABLE = 1 << 2
     CACHE_DIR = 1 << 3
+    STREAM = 1 << 4
+    NOFLUSH = 1 << 5
+    PARALLEL_DIRECT_WRITES = 1 << 6
+    PASSTHROUGH = 1 << 7
 
 
 def opcode_name(opcode: int) -> str:
@@ -121,3 +159,10 @@ def opcode_name(opcode: int) -> str:
         return Opcode(opcode).name
     except ValueError:
         return f"opcode {opcode}"
+
+
+def flag_names(kind: type[IntFlag], flags: int) -> str:
+    """`A|B`, with what has no name in `kind` as a number at the end; "0" when none is set."""
+    names = [str(flag.name) for flag in kind if flags & flag]
+    rest = flags & ~sum(kind)
+    return "|".join([*names, hex(rest)] if rest else names) or "0"

@@ -24,13 +24,19 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Protocol
 
+from cachefs import memory
+from cachefs.budget import Budget
 from cachefs.client import Located
+from cachefs.digest import BLOCK_SIZE
 from cachefs.errors import CacheFSError, FetcherError, FetcherTimeout, ObjectNotFound, errno_of
 from cachefs.store.layout import seal_ns
 from cachefs_sidecar.fuse.abi import UNIQUE_RESEND
 from cachefs_sidecar.fuse.reading import Miss, Reading, Window, stale
 
 log = logging.getLogger("cachefs.mount")
+
+# Bytes of READs whose other half is still waited for. Only what crosses from one block to the next can wait so.
+HALVES_SHARE, HALVES_LEAST, HALVES_MOST = 256, 4 * 1024 * 1024, 64 * 1024 * 1024
 
 # How often a reader that got a signal is looked at: a killed process is gone within what feels like at once.
 WATCH_SECONDS = 0.05
@@ -84,6 +90,7 @@ class Misses:
         self._deadline = deadline
         self._pass_on = pass_on
         self._seal = seal_ns()
+        self._halves = Budget(memory.share(HALVES_SHARE, least=HALVES_LEAST, most=HALVES_MOST))
         self._tasks: dict[int, tuple[asyncio.Task[None], int]] = {}
         self.replies: Replies | None = None
         self.counts: Counter[str] = Counter()
@@ -159,7 +166,15 @@ class Misses:
         return errno.ESTALE if isinstance(error, ObjectNotFound) else errno_of(error)
 
     async def _bytes(self, miss: Miss) -> bytes:
-        """Exactly the bytes of the miss, over as many answers of the fetcher as they need."""
+        """Exactly the bytes of the miss. They are in memory from the last answer of the fetcher until the reply, which
+        is one step of the loop, so of all readers' bytes there is one READ's at a time, but for halves."""
+        if miss.offset // BLOCK_SIZE == (miss.stop - 1) // BLOCK_SIZE:
+            return await self._gathered(miss)
+        async with self._halves.hold(miss.stop - miss.offset):
+            return await self._gathered(miss)
+
+    async def _gathered(self, miss: Miss) -> bytes:
+        """Over as many answers as they need."""
         parts: list[bytes] = []
         at = miss.offset
         damaged = miss.damaged
@@ -206,7 +221,8 @@ class Misses:
             if not keep:
                 os.close(located.fd)
         if keep:
-            window = Window(located.start, located.stop, located.base, located.fd, info, located.complete)
+            kept = 0 if located.file else info.st_size
+            window = Window(located.start, located.stop, located.base, located.fd, info, located.complete, kept)
             with self._lock:
                 self._reading.hold(miss.node, miss.size, window)
         return data

@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 
 from cachefs.errors import MountError
-from cachefs_sidecar.fuse import abi, wire
+from cachefs_sidecar.fuse import abi, tracing, wire
 from cachefs_sidecar.fuse.abi import Init, Opcode
 
 # What is asked for when the kernel offers it:
@@ -136,4 +136,5 @@ def negotiate(device: int) -> Agreement:
             os.writev(device, [wire.out_header(0, -errno.EPROTO, request.unique)])
             raise
         os.writev(device, [wire.out_header(len(reply), 0, request.unique), reply])
+        tracing.agreed(offer, agreement.minor, agreement.flags)
         return agreement

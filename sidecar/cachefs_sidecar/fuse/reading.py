@@ -13,6 +13,7 @@ import os
 from collections import OrderedDict
 from typing import NamedTuple, Protocol
 
+from cachefs import memory
 from cachefs.digest import BLOCK_SIZE, digest, version_ref
 from cachefs.errors import IsADirectory, StaleObject
 from cachefs_sidecar.fuse.tree import Tree
@@ -24,6 +25,10 @@ MAX_READ = 1024 * 1024
 # Descriptors held for files that are read in several READs: more than the shards that all loaders of a node read
 # at once, well below the 1,024 descriptors that a process may have by default.
 MAX_WINDOWS = 256
+
+# Bytes of descriptors that are memory (of blocks that did not fit into the cache): the readers of a node would add up
+# to any amount. A reader whose block was let go fetches it once more.
+IN_MEMORY_SHARE, IN_MEMORY_LEAST, IN_MEMORY_MOST = 64, 2 * BLOCK_SIZE, 64 * BLOCK_SIZE
 
 # The extended attribute in which the store writes a blob's key.
 KEY_ATTRIBUTE = "user.cachefs.key"
@@ -39,6 +44,7 @@ class Window(NamedTuple):
     """Bytes [start, stop) of an object are in `fd`, byte `o` at offset `o - base`.
 
     info: of the file, as it was when the bytes were found good. whole: it is a blob, else it is still written to.
+    memory: bytes of memory that the descriptor keeps; 0 for a file.
     """
 
     start: int
@@ -47,6 +53,7 @@ class Window(NamedTuple):
     fd: int
     info: os.stat_result
     whole: bool
+    memory: int = 0
 
     @property
     def current(self) -> bool:
@@ -94,6 +101,8 @@ class Reading:
         self._dataset = dataset
         self._held: OrderedDict[int, _Held] = OrderedDict()
         self._windows = 0
+        self._memory = 0
+        self._most_memory = memory.share(IN_MEMORY_SHARE, least=IN_MEMORY_LEAST, most=IN_MEMORY_MOST)
         # The reply is built here: room for its header, then the bytes.
         self.buffer = bytearray(OUT_HEADER_BYTES + MAX_READ)
         self._payload = memoryview(self.buffer)[OUT_HEADER_BYTES:]
@@ -130,18 +139,16 @@ class Reading:
         covered = [w for w in held.windows if window.start <= w.start and w.stop <= window.stop]
         for old in covered:
             held.windows.remove(old)
-            os.close(old.fd)
+            self._close(old)
         held.windows.append(window)
         held.used = True
-        self._windows += 1 - len(covered)
+        self._windows += 1
+        self._memory += window.memory
         self._held.move_to_end(node)
         while self._windows > MAX_WINDOWS:
-            oldest = next(iter(self._held))
-            if oldest == node:
-                self._windows -= 1
-                os.close(held.windows.pop(0).fd)
-            else:
-                self._release(oldest)
+            self._release_oldest(node)
+        while self._memory > self._most_memory and self._windows > 1:
+            self._release_oldest(node)
 
     def sweep(self) -> None:
         """Close what was not used since the last sweep: an evicted blob keeps its disk space while it is open."""
@@ -212,10 +219,21 @@ class Reading:
         return not key or digest(self._payload[:size]).hex() == key
 
     def _release(self, node: int) -> None:
-        held = self._held.pop(node)
-        self._windows -= len(held.windows)
-        for window in held.windows:
-            os.close(window.fd)
+        for window in self._held.pop(node).windows:
+            self._close(window)
+
+    def _release_oldest(self, newest: int) -> None:
+        """The node that was used longest ago; of `newest` itself, when it is the only one, its first window."""
+        oldest = next(iter(self._held))
+        if oldest == newest:
+            self._close(self._held[newest].windows.pop(0))
+        else:
+            self._release(oldest)
+
+    def _close(self, window: Window) -> None:
+        self._windows -= 1
+        self._memory -= window.memory
+        os.close(window.fd)
 
     def close(self) -> None:
         for node in list(self._held):

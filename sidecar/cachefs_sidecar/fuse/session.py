@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cachefs.errors import CacheFSError, errno_of
-from cachefs_sidecar.fuse import abi, wire
+from cachefs_sidecar.fuse import abi, tracing, wire
 from cachefs_sidecar.fuse.abi import Opcode
+from cachefs_sidecar.fuse.listing import Listing
 from cachefs_sidecar.fuse.negotiation import Agreement
 from cachefs_sidecar.fuse.reading import Miss, Reading
 from cachefs_sidecar.fuse.tree import Tree
@@ -37,9 +38,6 @@ FOREVER = 10 * 365 * 24 * 3600
 # Room for one request. Mutations are refused and max_write is at its minimum, so requests are names and numbers;
 # only FORGETs come in bulk (4,000 fit), when the kernel drops its inodes. At least 8 KiB, or read(2) fails.
 REQUEST_BYTES = 64 * 1024
-
-# Listing cookies: 0 is the start, 1 is behind ".", 2 behind "..", and id + 2 behind the entry `id`.
-_BEHIND_DOT, _BEHIND_DOTDOT = 1, 2
 
 _MUTATIONS = (
     Opcode.SETATTR,
@@ -65,8 +63,13 @@ _MUTATIONS = (
 _READ = int(Opcode.READ)
 _IOCTL = int(Opcode.IOCTL)
 
-# bytes: the body of a reply. int: a negative errno. None: no reply now.
-Answer = bytes | int | None
+_KNOWN = frozenset(map(int, Opcode))
+
+# The kernel takes no larger error (those from 512 on are its own) and would leave the request unanswered.
+_LAST_ERRNO = 511
+
+# The body of a reply, a negative errno, or None: no reply now.
+Answer = bytes | memoryview | int | None
 
 
 class MissSink(Protocol):
@@ -98,14 +101,18 @@ class Session:
         self._lock = lock
         self._trace = trace
         self._xattrs = Attributes(tree, reading)
+        self._listing = Listing(tree, reading.buffer, FOREVER)
         self.counts: Counter[str] = Counter(IOCTL=0)
         self._catalogs: Sequence[Path] | None = None
         self._buffer = bytearray(REQUEST_BYTES)
+        self._view = memoryview(self._buffer)
         self._reply = memoryview(reading.buffer)
         self._handlers: dict[int, Callable[[Request], Answer]] = {
             Opcode.LOOKUP: self._lookup,
-            Opcode.FORGET: _no_reply,
-            Opcode.BATCH_FORGET: _no_reply,
+            # Node ids are the catalog's: there is nothing to forget.
+            Opcode.FORGET: lambda _: None,
+            Opcode.BATCH_FORGET: lambda _: None,
+            Opcode.NOTIFY_REPLY: lambda _: None,
             Opcode.GETATTR: self._getattr,
             Opcode.READLINK: lambda _: -errno.EINVAL,
             Opcode.OPEN: self._open,
@@ -129,7 +136,6 @@ class Session:
     def serve(self) -> None:
         """Answer until the mount is gone. Raises OSError when the descriptor breaks otherwise."""
         buffers = [self._buffer]
-        view = memoryview(self._buffer)
         while True:
             try:
                 length = os.readv(self._device, buffers)
@@ -142,14 +148,27 @@ class Session:
                 raise
             if length == 0:
                 return
-            # The two requests that matter for speed skip the general way; they are answered as it would.
-            opcode, unique = wire.first_look(self._buffer)
-            if opcode == _READ and length >= wire.READ_BYTES:
-                self._answer_read(unique)
-            elif opcode == _IOCTL:
-                self._answer_ioctl(unique)
-            else:
-                self.answer(view[:length])
+            self.take(length)
+
+    @property
+    def buffer(self) -> bytearray:
+        """Where `take` finds a request."""
+        return self._buffer
+
+    def take(self, length: int) -> None:
+        """Answer the request in the first `length` bytes of the buffer; behind it lies what is left of others.
+
+        The two requests that matter for speed skip the general way; they are answered as it would.
+        """
+        said, opcode, unique = wire.first_look(self._buffer)
+        if said != length or length < wire.IN_HEADER_BYTES or unique == 0:
+            self.answer(self._view[:length])  # says what is wrong with it
+        elif opcode == _READ and length >= wire.READ_BYTES:
+            self._answer_read(unique)
+        elif opcode == _IOCTL:
+            self._answer_ioctl(unique)
+        else:
+            self.answer(self._view[:length])
 
     def _answer_ioctl(self, unique: int) -> None:
         """Python's open() asks every file whether it is a terminal, with an ioctl that the kernel always passes on.
@@ -157,7 +176,9 @@ class Session:
         It is the only request of a hot read, so it gets the shortest way there is: no other thread is involved.
         """
         self.counts["IOCTL"] += 1
-        self.reply_error(unique, errno.ENOTTY)
+        self._write(wire.out_header(0, -errno.ENOTTY, unique))
+        if self._trace:
+            tracing.passed(self._request(), -errno.ENOTTY)
 
     def _answer_read(self, unique: int) -> None:
         node, pid, offset, size = wire.whole_read(self._buffer)
@@ -166,9 +187,13 @@ class Session:
             self.counts["READ"] += 1
             answer = self._guarded("READ", node, self._read, unique, pid, node, offset, size)
             if isinstance(answer, int):
-                self.reply_error(unique, -answer)
+                self._write(wire.out_header(0, answer, unique))
         if self._trace:
-            log.info("READ node %d, %d bytes at %d: %s", node, size, offset, _describe(answer))
+            tracing.passed(self._request(), answer)
+
+    def _request(self) -> Request:
+        """What is in the buffer, for the trace."""
+        return wire.decode(self._view[: wire.first_look(self._buffer)[0]])
 
     def switch_before_next(self, files: Sequence[Path]) -> None:
         """Answer from other catalogs from the next request on. Called with the lock held, by any thread.
@@ -178,36 +203,43 @@ class Session:
         self._catalogs = files
 
     def answer(self, packet: memoryview) -> None:
-        """Answer one request. Raises only when the descriptor (OSError) or a new catalog (CatalogError) is broken."""
+        """Answer one request. Raises only when a new catalog is broken (CatalogError)."""
         try:
             request = wire.decode(packet)
         except wire.WireError as error:
-            log.error("request dropped: %s", error)
+            log.error("a request cannot be read: %s", error)
+            if error.unique:
+                self._write(wire.out_header(0, -errno.EINVAL, error.unique))
             return
         with self._lock:
             self._take_new_catalogs()
-            self.counts[request.name] += 1
+            self.counts[request.name if request.opcode in _KNOWN else "unknown"] += 1
             handler = self._handlers.get(request.opcode)
             answer = self._guarded(request.name, request.node, handler, request) if handler else -errno.ENOSYS
+            if request.opcode in abi.UNANSWERED:
+                answer = None
             # The reply is written under the lock: a refresh that gets the lock afterwards may rely on it that no
             # answer from the old catalog is still on its way to the kernel.
             if isinstance(answer, int):
-                self.reply_error(request.unique, -answer)
+                self._write(wire.out_header(0, answer, request.unique))
             elif answer is not None:
-                self._write(wire.out_header(len(answer), 0, request.unique) + answer)
+                self._write(wire.out_header(len(answer), 0, request.unique), answer)
         if self._trace:
-            log.info("%s node %d: %s", request.name, request.node, _describe(answer))
+            tracing.passed(request, answer)
+
+    # Answers to READs that waited. Called from the thread that took the miss.
+
+    def reply_bytes(self, unique: int, data: bytes | memoryview) -> None:
+        self._write(wire.out_header(len(data), 0, unique), data)
+        if self._trace:
+            tracing.answered(unique, data)
 
     def reply_error(self, unique: int, number: int) -> None:
         """`number`: a positive errno."""
-        self._write(wire.out_header(0, -number, unique))
-
-    def reply_bytes(self, unique: int, data: bytes) -> None:
-        """The answer to a READ that waited. Called from the thread that took the miss."""
-        try:
-            os.writev(self._device, [wire.out_header(len(data), 0, unique), data])
-        except OSError as error:
-            _forgive(error)
+        answer = -number if 0 < number <= _LAST_ERRNO else -errno.EIO
+        self._write(wire.out_header(0, answer, unique))
+        if self._trace:
+            tracing.answered(unique, answer)
 
     def _take_new_catalogs(self) -> None:
         if self._catalogs is not None:
@@ -223,16 +255,22 @@ class Session:
             return -errno.EINVAL
         except (CacheFSError, OSError) as error:
             log.error("%s node %d: %s", name, node, error)
-            return -errno_of(error)
+            number = errno_of(error)
+            return -number if 0 < number <= _LAST_ERRNO else -errno.EIO
         except Exception:  # a fault of ours in one request must not take the other requests with it
             log.exception("%s node %d failed", name, node)
             return -errno.EIO
 
-    def _write(self, reply: bytes | memoryview) -> None:
+    def _write(self, *reply: bytes | memoryview) -> None:
+        """Never raises: a descriptor that is broken says so to the next read of it."""
         try:
-            os.write(self._device, reply)
+            os.writev(self._device, reply)
         except OSError as error:
-            _forgive(error)
+            # ENOENT: the request was interrupted, or delivered again to another worker that was faster.
+            # ENODEV, ENOTCONN, EPIPE: the mount is gone, and the next read says so.
+            if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ENOTCONN, errno.EPIPE):
+                # The kernel has ended the request with EIO by itself.
+                log.error("the kernel does not take an answer (%s)", error.strerror)
 
     # --- names and attributes ---
 
@@ -263,41 +301,15 @@ class Session:
         return wire.open_out(abi.Open.KEEP_CACHE | abi.Open.CACHE_DIR)
 
     def _readdir(self, request: Request) -> Answer:
-        return self._page(request, wire.SMALLEST_DIRENT, plus=False)
+        return self._listing.page(request.node, *wire.read_in(request.body), plus=False)
 
     def _readdirplus(self, request: Request) -> Answer:
-        return self._page(request, wire.SMALLEST_DIRENT_PLUS, plus=True)
-
-    def _page(self, request: Request, smallest: int, *, plus: bool) -> bytes:
-        """As many whole entries as the kernel has room for. A cookie that is no longer there still has a place."""
-        cookie, room = wire.read_in(request.body)
-        records: list[bytes] = []
-        for dot, node, behind in (
-            (b".", request.node, _BEHIND_DOT),
-            (b"..", self._tree.get(request.node).parent or abi.ROOT, _BEHIND_DOTDOT),
-        ):
-            if cookie < behind:
-                record = wire.dirent_plus_dot(node, behind, dot) if plus else wire.dirent(node, behind, dot, True)
-                room -= len(record)
-                if room < 0:
-                    return b"".join(records)
-                records.append(record)
-        after = max(0, cookie - _BEHIND_DOTDOT)
-        for row in self._tree.children(request.node, after, max(0, room) // smallest + 1):
-            behind = row.id + _BEHIND_DOTDOT
-            if plus:
-                record = wire.dirent_plus(self._tree.attributes(row), FOREVER, behind, row.name)
-            else:
-                record = wire.dirent(row.id, behind, row.name, row.directory)
-            room -= len(record)
-            if room < 0:
-                break
-            records.append(record)
-        return b"".join(records)
+        return self._listing.page(request.node, *wire.read_in(request.body), plus=True)
 
     # --- bytes ---
 
     def _read(self, unique: int, pid: int, node: int, offset: int, size: int) -> Answer:
+        """The bytes that were answered, None when the read waits, or a negative errno that is still to be said."""
         found = self._reading.read(node, offset, size)
         if isinstance(found, Miss):
             self.counts["damaged" if found.damaged else "misses"] += 1
@@ -306,27 +318,10 @@ class Session:
         self.counts["hits"] += 1
         self.counts["hit_bytes"] += found
         wire.out_header_into(self._reading.buffer, found, unique)
-        self._write(self._reply[: wire.OUT_HEADER_BYTES + found])
-        return None
+        reply = self._reply[: wire.OUT_HEADER_BYTES + found]
+        self._write(reply)
+        return reply[wire.OUT_HEADER_BYTES :]
 
     def _interrupt(self, request: Request) -> Answer:
         self._misses.interrupt(wire.interrupt_in(request.body))
         return None
-
-
-def _forgive(error: OSError) -> None:
-    """Raise what a reply must not meet."""
-    # ENOENT: the request was interrupted, or delivered again to another worker that was faster.
-    # ENODEV, ENOTCONN, EPIPE: the mount is gone, and the next read says so.
-    if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ENOTCONN, errno.EPIPE):
-        raise error
-
-
-def _no_reply(_: Request) -> None:
-    return None
-
-
-def _describe(answer: Answer) -> str:
-    if answer is None:
-        return "no reply now"
-    return errno.errorcode.get(-answer, str(answer)) if isinstance(answer, int) else f"{len(answer)} bytes"

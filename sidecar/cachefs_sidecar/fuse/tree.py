@@ -17,7 +17,7 @@ from cachefs_sidecar.fuse.abi import BLOCK, ROOT, S_IFDIR, S_IFREG
 from cachefs_sidecar.fuse.wire import Attributes
 
 if TYPE_CHECKING:
-    from cachefs.catalog import Row, Summary
+    from cachefs.catalog import Listed, Row, Summary
 
 # How many catalogs stay open: the newest and those before it. Each costs a descriptor and SQLite's page cache
 # (4 MB at most), and a file that was open through three refreshes is rare.
@@ -34,7 +34,7 @@ class Names(Protocol):
     def summary(self) -> Summary: ...
     def lookup(self, parent: int, name: bytes) -> Row | None: ...
     def get(self, id: int) -> Row | None: ...
-    def children(self, parent: int, after: int = 0, limit: int = 1000) -> list[Row]: ...
+    def listed(self, parent: int, after: int, limit: int) -> list[Listed]: ...
     def object_path(self, id: int) -> str: ...
     def close(self) -> None: ...
 
@@ -44,8 +44,9 @@ class Tree:
 
     def __init__(self, files: Sequence[Path], open_catalog: Callable[[Path], Names], *, uid: int, gid: int) -> None:
         self._open = open_catalog
-        self._uid = uid
-        self._gid = gid
+        # Mode, links, uid, gid.
+        self.file_mode_and_owner = (S_IFREG | 0o444, 1, uid, gid)
+        self.directory_mode_and_owner = (S_IFDIR | 0o555, 1, uid, gid)
         self._catalogs: dict[Path, Names] = {}
         self.switch(files)
 
@@ -66,6 +67,7 @@ class Tree:
         self._catalogs = kept
         self._order = tuple(kept.values())
         self._newest = self._order[0]
+        self.time_ns = int(self._newest.summary.created * 1e9)
         self._folders: dict[int, str] = {}
 
     @property
@@ -100,9 +102,9 @@ class Tree:
             self._folders[row.parent] = path[: len(path) - len(row.name.decode())]
         return path, row
 
-    def children(self, directory: int, after: int, limit: int) -> list[Row]:
+    def listed(self, directory: int, after: int, limit: int) -> list[Listed]:
         """At most `limit` entries with ids above `after`, in id order. Raises StaleObject."""
-        return self._find(directory)[0].children(directory, after, limit)
+        return self._find(directory)[0].listed(directory, after, limit)
 
     def attributes(self, row: Row) -> Attributes:
         """Files are 0444, directories 0555, all of the mount's owner.
@@ -111,10 +113,10 @@ class Tree:
         by which local file systems say that the number of sub-directories cannot be told from it (btrfs does the
         same): fts(3) would skip the sub-directories of a directory with two.
         """
-        mtime_ns = row.mtime_ns or int(self._newest.summary.created * 1e9)
+        mtime_ns = row.mtime_ns or self.time_ns
         if row.directory:
-            return Attributes(row.id, S_IFDIR | 0o555, 1, self._uid, self._gid, BLOCK, mtime_ns)
-        return Attributes(row.id, S_IFREG | 0o444, 1, self._uid, self._gid, row.size, mtime_ns)
+            return Attributes(row.id, *self.directory_mode_and_owner, BLOCK, mtime_ns)
+        return Attributes(row.id, *self.file_mode_and_owner, row.size, mtime_ns)
 
     def close(self) -> None:
         for catalog in self._catalogs.values():

@@ -23,6 +23,7 @@ import uvloop
 
 from cachefs.config import CacheConfig
 from cachefs.datasets import touch
+from cachefs_sidecar.fuse import tracing
 from cachefs_sidecar.fuse.invalidation import Change
 from cachefs_sidecar.fuse.misses import Fetching, Misses
 from cachefs_sidecar.fuse.negotiation import Agreement
@@ -87,9 +88,8 @@ class Worker:
             deadline=serving.cache.deadline,
             pass_on=lambda unique: self._tell({"op": "interrupt", "unique": unique}),
         )
-        trace = os.environ.get("CACHEFS_DEBUG") == "fuse"
         self._session = Session(
-            device, serving.agreement, self._tree, self._reading, self._misses, self._lock, trace=trace
+            device, serving.agreement, self._tree, self._reading, self._misses, self._lock, trace=tracing.wanted()
         )
         self._misses.replies = self._session
         self._answered = 0
