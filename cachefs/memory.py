@@ -11,9 +11,12 @@ import os
 from pathlib import Path
 
 from cachefs.config import parse_size
+from cachefs.digest import BLOCK_SIZE
 
-# No share is smaller than what the work needs, or larger than what makes it faster.
-MIB = 1024 * 1024
+# The share of objects on their way. The fetcher takes up to twice that, since a block is copied as it passes. More than
+# the most fills no network (25 Gbit/s at 50 ms are 156 MB); with less than the least, a single sequential reader is not
+# read ahead of.
+IN_FLIGHT_PART, IN_FLIGHT_LEAST, IN_FLIGHT_MOST = 16, 8 * BLOCK_SIZE, 32 * BLOCK_SIZE
 
 
 def usable() -> int:
@@ -28,6 +31,11 @@ def usable() -> int:
 def share(part: int, *, least: int, most: int) -> int:
     """One `part`th of the usable memory in bytes, within the bounds."""
     return max(least, min(most, usable() // part))
+
+
+def in_flight() -> int:
+    """Bytes of objects that a fetcher has in memory at most, from the request for them until they are stored."""
+    return share(IN_FLIGHT_PART, least=IN_FLIGHT_LEAST, most=IN_FLIGHT_MOST)
 
 
 def cgroup_limit(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:

@@ -151,10 +151,12 @@ def test_memory_limits_of_control_groups(tmp_path: Path, own: str, files: dict[s
 
 
 def test_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor_machine, "cgroup_limit", lambda: 256 * 1024**2)
+    for module in (doctor_machine, memory):
+        monkeypatch.setattr(module, "cgroup_limit", lambda: 256 * 1024**2)
     (finding,) = doctor_machine._memory()
     assert finding.level == WARN
     assert "256.0 MiB" in finding.fact
+    assert "on their way take at most 64.0 MiB" in finding.fact
 
 
 def test_libraries_that_are_missing_or_old(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import signal
 import stat
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -406,3 +407,24 @@ def test_sequential_readers_are_read_ahead_of_and_random_ones_not(throttled, cac
     touch(BLOCK_SIZE)
     wait_until(lambda: present() == 2 + 2 + 4)
     assert throttled.throttle.traffic().object_reads <= 9  # one more where the first answer was cut off
+
+
+def test_blocks_on_their_way_take_a_share_of_the_memory(tmp_path, cache_dir, monkeypatch):
+    """However many readers wait, each for another block."""
+    monkeypatch.setenv("CACHEFS_MEMORY", "1G")
+    blocks = 24
+    large = tmp_path / "large"
+    with large.open("wb") as file:
+        file.truncate(blocks * BLOCK_SIZE)
+    connection = Connection(config(cache_dir), Session("file", {}, {}, root=str(tmp_path)))
+
+    def one(block: int) -> None:
+        located = connection.need(str(large), size=blocks * BLOCK_SIZE, offset=block * BLOCK_SIZE, length=4096)
+        os.close(located.fd)
+
+    with ThreadPoolExecutor(blocks) as pool:
+        list(pool.map(one, range(blocks)))
+    memory = connection.status().status["memory"]
+    assert memory["usable"] == 1 << 30
+    assert memory["in_flight"] == 0
+    assert 2 * BLOCK_SIZE <= memory["in_flight_most"] <= memory["in_flight_limit"] == 8 * BLOCK_SIZE

@@ -29,6 +29,7 @@ from cachefs.digest import content_key, version_ref
 from cachefs.errors import OriginUnreachable, StaleObject
 from cachefs.messages import Entry
 from cachefs.store import Reader, Store
+from cachefs_sidecar.fuse import misses as misses_module
 from cachefs_sidecar.fuse import reading as reading_module
 from cachefs_sidecar.fuse.abi import ROOT, Init, Opcode
 from cachefs_sidecar.fuse.misses import Misses
@@ -480,6 +481,47 @@ def test_descriptors_are_bounded_and_closed_when_idle(mount: Mounted, monkeypatc
         with mount.lock:
             mount.reading.sweep()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_memory_that_descriptors_keep_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that did not fit into the cache are memory for as long as a descriptor of them is open."""
+    monkeypatch.setattr(reading_module, "IN_MEMORY_LEAST", 600_000)
+    monkeypatch.setattr(reading_module, "IN_MEMORY_MOST", 600_000)
+    with mounted(tmp_path) as mount:
+        mount.origin.piece = 250_000
+        for offset in range(0, 3_000_000, 250_000):
+            assert mount.read("d/large", offset, 4096).body == LARGE[offset : offset + 4096]
+        assert mount.reading._memory <= 600_000
+        assert mount.reading._windows == 2
+        needs = len(mount.origin.needs)
+        assert mount.read("d/large", 2_750_000 + 4096, 4096).body == LARGE[2_754_096 : 2_754_096 + 4096]
+        assert len(mount.origin.needs) == needs  # what came last is still there
+        assert mount.read("d/cached", 0, 4096).body == CACHED[:4096]
+        for _ in range(2):
+            with mount.lock:
+                mount.reading.sweep()
+        assert (mount.reading._memory, mount.reading._windows) == (0, 0)
+
+
+def test_halves_of_reads_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """READs that cross a block's edge keep their first half while they wait for the second: in turns."""
+    block = 65_536
+    monkeypatch.setattr(misses_module, "BLOCK_SIZE", block)
+    monkeypatch.setattr(misses_module, "HALVES_LEAST", 4 * 8192)
+    monkeypatch.setattr(misses_module, "HALVES_MOST", 4 * 8192)
+    with mounted(tmp_path) as mount:
+        mount.origin.piece = block
+        node = mount.node("d/large")
+        asked = {
+            mount.kernel.send(Opcode.READ, node, read_body(edge - 4096, 8192)): edge - 4096
+            for edge in range(block, 20 * block, block)
+        }
+        for _ in range(len(asked)):
+            reply = mount.kernel.reply()
+            offset = asked.pop(reply.unique)
+            assert reply.body == LARGE[offset : offset + 8192]
+        assert 8192 <= mount.misses._halves.most <= 4 * 8192
+        assert mount.misses._halves.used == 0
 
 
 # --- refresh ----------------------------------------------------------------------------------------------------

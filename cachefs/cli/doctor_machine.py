@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from cachefs import memory
 from cachefs.cli.findings import FAIL, OK, WARN, Finding, file_systems
 from cachefs.config import format_size, runtime_dir
 from cachefs.errors import ConfigError
@@ -31,7 +32,8 @@ CAP_SYS_ADMIN = 21
 # A fetcher holds up to 64 requests at the origin and a socket per reader, of which the largest nodes have hundreds.
 FILES_WANTED = 1024
 
-# A mount of a million names takes up to 200 MiB in all its processes, a fetcher at work 64 objects of 8 MiB at most.
+# A mount of a million names takes up to 200 MiB in all its processes, a fetcher at work twice memory.in_flight() at
+# most, which are 128 MiB where there is 1 GiB.
 MEMORY_WANTED = 1024**3
 
 # statvfs on a mount whose server is stuck does not return; one that is well answers within milliseconds.
@@ -181,6 +183,7 @@ def _memory() -> Iterator[Finding]:
         fact += f", this control group may use {format_size(limit)}"
     if hand := os.environ.get("CACHEFS_MEMORY"):
         fact += f", CACHEFS_MEMORY={hand}"
+    fact += f"; objects on their way take at most {format_size(memory.in_flight())}"
     if usable < MEMORY_WANTED:
         yield Finding(
             WARN, "memory", fact, "give at least 1 GiB; what the kernel keeps of hot files counts towards the limit too"

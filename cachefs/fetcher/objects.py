@@ -48,10 +48,6 @@ SCAN_PATIENCE = 1.0
 EVICT_AT_LEAST = 64 * 1024 * 1024
 
 
-# Bytes of objects in memory, from the request for them until they are stored: a share of what there is. Sixty-four
-# lanes with a block each are 512 MiB; with fewer than eight blocks a single reader is not read ahead of.
-IN_FLIGHT_SHARE, IN_FLIGHT_LEAST, IN_FLIGHT_MOST = 16, 8 * BLOCK_SIZE, 64 * BLOCK_SIZE
-
 # (dataset, ref) pairs: where a reader looks for an object.
 Refs = tuple[tuple[str, str], ...]
 
@@ -80,7 +76,7 @@ class Room:
         self.attachments = Attachments(config.home)
         self.counters = Counters()
         self.lanes = Lanes()
-        self.in_flight = Budget(memory.share(IN_FLIGHT_SHARE, least=IN_FLIGHT_LEAST, most=IN_FLIGHT_MOST))
+        self.in_flight = Budget(memory.in_flight())
         self.transit = TransitStation(memory.share(KEEP_SHARE, least=KEEP_LEAST, most=KEEP_BYTES))
         self.scanned = asyncio.Event()
 
