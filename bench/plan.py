@@ -8,15 +8,17 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Plan:
     """files: read by the scenarios about images; cold_files: of these, at once and cold. names: of the large dataset.
+    found: names that `find` looks for, each of them also a native file.
 
     rounds: how often each contender has its turn.
     """
 
     files: int = 4000
     names: int = 1_000_000
+    found: int = 200_000
     rounds: int = 9
     cold_rounds: int = 5
     mount_rounds: int = 5
 
 
-QUICK = Plan(files=1000, names=100_000, rounds=5, cold_rounds=3, mount_rounds=3)
+QUICK = Plan(files=1000, names=100_000, found=20_000, rounds=5, cold_rounds=3, mount_rounds=3)

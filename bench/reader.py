@@ -88,6 +88,35 @@ def one_by_one(read: Read, names: list[str], keys: dict[str, bytes]) -> dict[str
     return {"seconds": spent, "files": len(names), "bytes": size, "wrong": wrong}
 
 
+def in_pairs(reads: list[Read], names: list[str], keys: dict[str, bytes]) -> dict[str, Any]:
+    """Each file by every way, the first one first and last in turn. times: of each way, in us for one file."""
+    clock, size = time.perf_counter, 0
+    wrong: list[str] = []
+    spent: list[list[float]] = [[] for _ in reads]
+    ways = list(zip(reads, spent, strict=True))
+    for name in names:
+        ways.reverse()
+        for read, times in ways:
+            began = clock()
+            data = read(name)
+            times.append(clock() - began)
+            size += len(data)
+            if content_key(data) != keys[name]:
+                wrong.append(name)
+    return {
+        "seconds": sum(map(sum, spent)),
+        "files": len(names) * len(reads),
+        "bytes": size,
+        "wrong": wrong,
+        "times": [_percentiles(times) for times in spent],
+    }
+
+
+def _percentiles(times: list[float]) -> dict[str, float]:
+    ordered = sorted(times)
+    return {f"p{share}": ordered[len(ordered) * share // 100] * 1e6 for share in (50, 99)}
+
+
 def threads_at_once(read: Read, names: list[str], keys: dict[str, bytes], readers: int) -> dict[str, Any]:
     """seconds: from the first request until every byte is here. readers: threads."""
     with ThreadPoolExecutor(readers) as pool:
@@ -141,6 +170,9 @@ def _passes(way: dict[str, Any]) -> Callable[[list[str], dict[str, bytes]], dict
         case "files" if readers == 1:
             single = files(way["root"])
             return lambda names, keys: one_by_one(single, names, keys)
+        case "pair":
+            reads = [files(root) for root in way["roots"]]
+            return lambda names, keys: in_pairs(reads, names, keys)
         case "files":
             kept = files_kept(way["root"])
             return lambda names, keys: threads_at_once(kept, names, keys, readers)

@@ -21,7 +21,7 @@ from bench.scenarios import SCENARIOS
 from bench.stage import ROOT, Stage, Unusable, stage
 
 ROOT_OF_REPOSITORY = Path(__file__).parents[1]
-TINY = ["--files", "16", "--names", "2000", "--rounds", "1"]
+TINY = ["--files", "16", "--names", "2000", "--found", "2000", "--rounds", "1"]
 
 
 def environ_in(folder: Path) -> dict[str, str]:

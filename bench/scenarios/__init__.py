@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from bench.outcome import Outcome
 from bench.plan import Plan
-from bench.scenarios import cold, hit, hot, million
+from bench.scenarios import cold, hit, hot, latency, million, names
 from bench.stage import Stage
 
 
@@ -24,7 +24,9 @@ class Scenario(NamedTuple):
 
 SCENARIOS = {
     "hot": Scenario(hot.QUESTION, hot.measure, lambda _: 1),
+    "latency": Scenario(latency.QUESTION, latency.measure, lambda _: 1),
     "hit": Scenario(hit.QUESTION, hit.measure, lambda _: 1),
     "cold": Scenario(cold.QUESTION, cold.measure, lambda plan: 2 * plan.cold_rounds),
+    "names": Scenario(names.QUESTION, names.measure, lambda _: 0),
     "million": Scenario(million.QUESTION, million.measure, lambda _: 0),
 }

@@ -13,18 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bench.catalogs import URL, give_catalog
 from bench.machine import pss_bytes
 from bench.outcome import Goal, Outcome, Series, WrongBytes, in_turns
 from bench.plan import Plan
 from bench.stage import Stage
-from cachefs import datasets
-from cachefs.catalog import Catalog
-from cachefs.config import CacheConfig
-from cachefs.datasets import DatasetRecord
-from cachefs.origin.spec import parse_origin
-from cachefs.store import Store
 from cachefs_sidecar.testbed import stop_fetcher
-from cachefs_sidecar.testbed.catalogs import ROOT_PATH, entries, make_catalog
+from cachefs_sidecar.testbed.catalogs import ROOT_PATH, entries
 from cachefs_sidecar.testbed.fetchers import fetcher_pid
 
 QUESTION = "How soon can a dataset with very many files be used, and how much memory does its mount take?"
@@ -35,7 +30,6 @@ MOST_MB = 200.0
 # Names that are looked up before the memory is looked at again: a mount that was used.
 LOOKUPS = 20_000
 
-URL = f"s3://{ROOT_PATH}"
 COLD, WARM = "mount, no fetcher runs", "mount, a fetcher runs"
 
 
@@ -44,7 +38,7 @@ def measure(stage: Stage, plan: Plan, outcome: Outcome) -> None:
         f"{plan.names:,} names in directories of 1,000, catalog present; from the start of the command to a stat"
     )
     with stage.cache() as home:
-        _give_catalog(stage, home, plan.names)
+        give_catalog(stage, home, plan.names)
         stage.step("catalog made")
         names = _some_names(plan.names)
         fresh: list[float] = []
@@ -75,21 +69,6 @@ def measure(stage: Stage, plan: Plan, outcome: Outcome) -> None:
         Goal(memory, MOST_MB, at_least=False),
     ]
     outcome.notes.append("memory is that of the keeper, all workers and the fetcher together")
-
-
-def _give_catalog(stage: Stage, home: Path, count: int) -> None:
-    """Leave in the cache what listing the dataset would have."""
-    Store.open(CacheConfig.make(home, min_free=0))
-    spec, root = parse_origin(URL, stage.s3())
-    record = DatasetRecord(spec.identity, root, url=URL)
-    folder = home / "catalogs" / record.id
-    folder.mkdir(parents=True)
-    with make_catalog(folder / "new.sqlite", count, root=root, identity=spec.identity) as catalog:
-        snapshot = catalog.summary.snapshot
-    (folder / "new.sqlite").rename(folder / f"{snapshot}.sqlite")
-    datasets.save(home, DatasetRecord(spec.identity, root, snapshot, f"{snapshot}.sqlite", URL))
-    Catalog.open(folder / f"{snapshot}.sqlite").close()
-    os.sync()
 
 
 def _some_names(count: int) -> list[str]:

@@ -1,6 +1,7 @@
 """The mount, from the kernel's bytes to the store's: the raw FUSE protocol in Python.
 
 `wire` knows the bytes, `negotiation` the handshake, `session` one descriptor of a connection, `tree` what is in the
-mount, `reading` how a cached byte is found, `misses` how a missing one is waited for, `worker` the process around
-them, `invalidation` what the kernel must forget after a refresh.
+mount, `listing` how a directory is read, `reading` how a cached byte is found, `misses` how a missing one is waited
+for, `worker` the process around them, `invalidation` what the kernel must forget after a refresh, `tracing` what is
+logged of it all.
 """

@@ -12,10 +12,10 @@ ROOT_PATH = "bucket/imagenet"
 FILES_PER_DIRECTORY = 1000
 
 
-def entries(count: int, root: str = ROOT_PATH) -> Iterator[Entry]:
+def entries(count: int, root: str = ROOT_PATH, *, per_directory: int = FILES_PER_DIRECTORY) -> Iterator[Entry]:
     """`count` files in listing order: `root/train/n00000012/n00000012_345.JPEG`, 60 to 160 KB, ETag-like versions."""
     for number in range(count):
-        folder, index = divmod(number, FILES_PER_DIRECTORY)
+        folder, index = divmod(number, per_directory)
         yield Entry(
             path=f"{root}/train/n{folder:08d}/n{folder:08d}_{index}.JPEG",
             size=60_000 + number * 7919 % 100_000,
@@ -25,9 +25,15 @@ def entries(count: int, root: str = ROOT_PATH) -> Iterator[Entry]:
 
 
 def make_catalog(
-    file: Path, count: int, *, root: str = ROOT_PATH, identity: str = "s3", previous: Catalog | None = None
+    file: Path,
+    count: int,
+    *,
+    root: str = ROOT_PATH,
+    identity: str = "s3",
+    previous: Catalog | None = None,
+    per_directory: int = FILES_PER_DIRECTORY,
 ) -> Catalog:
     """A sealed catalog of `count` synthetic files at `file`. One million take some 15 seconds."""
     builder = Builder(file, identity=identity, root=root, previous=previous, resume=False)
-    builder.add_all(entries(count, root))
+    builder.add_all(entries(count, root, per_directory=per_directory))
     return builder.seal()
