@@ -125,6 +125,12 @@ class FetcherTimeout(FetcherError, TimeoutError):
     errno = errno.ETIMEDOUT
 
 
+class PlanError(CacheFSError, ValueError):
+    """A plan of what will be read that cannot be understood. Reads go on without it."""
+
+    errno = errno.EINVAL
+
+
 class MountError(CacheFSError, OSError):
     """A mount point that cannot be used, or a mount that could not be made."""
 

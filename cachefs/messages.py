@@ -76,6 +76,7 @@ class Need(Request, frozen=True, tag=True, kw_only=True):
     version where the reader knows it, else -1.
     descriptor: answer with a descriptor even where a path would do (the reader lost the path to eviction).
     damaged: the reader found the stored bytes wrong; check them before answering.
+    everywhere: make it a hit for mounts and file systems alike, whichever of them reads it.
     """
 
     attachment: int
@@ -86,6 +87,7 @@ class Need(Request, frozen=True, tag=True, kw_only=True):
     length: int | None = None
     descriptor: bool = False
     damaged: bool = False
+    everywhere: bool = False
 
 
 class Info(Request, frozen=True, tag=True, kw_only=True):
@@ -128,6 +130,44 @@ class Evict(Request, frozen=True, tag=True, kw_only=True):
 
     attachment: int
     path: str
+
+
+class Announce(Request, frozen=True, tag=True, kw_only=True):
+    """A consumer will say what it is going to read. Comes with a descriptor of shared memory (cachefs/plans.py): a page
+    for its position, then a table of `names` names. Answered with Announced; ends with its connection or process.
+
+    label: what `cachefs status` calls it. prefix: stands before every name; names are object paths.
+    follow: nobody will tell a position; items are fetched one after the other as fast as they come.
+    begin: the number of its first item (a consumer that comes back has some behind it).
+    mountpoint: where it reads the dataset through a mount; "" = by URL.
+    """
+
+    attachment: int
+    begin: int = 0
+    label: str = ""
+    names: int = 0
+    prefix: str = ""
+    follow: bool = False
+    mountpoint: str = ""
+
+
+class Plan(Request, frozen=True, tag=True, kw_only=True):
+    """From its item number `at` on a consumer reads these `count` items, and what it said before of that part is void.
+    Comes with a descriptor of shared memory that has them. Answered with Done.
+
+    kind: "indices" into the names of Announce, "ids" of catalog entries (a mount's inode numbers), or "names".
+    """
+
+    consumer: int
+    at: int
+    count: int
+    kind: str = "indices"
+
+
+class Withdraw(Request, frozen=True, tag=True, kw_only=True):
+    """Forget a consumer. Answered with Done: what was fetched ahead for it, and what could not be."""
+
+    consumer: int
 
 
 class Verify(Request, frozen=True, tag=True, kw_only=True):
@@ -188,6 +228,10 @@ class Found(Reply, frozen=True, tag=True, kw_only=True):
     entry: Entry
 
 
+class Announced(Reply, frozen=True, tag=True, kw_only=True):
+    consumer: int
+
+
 class Page(Reply, frozen=True, tag=True, kw_only=True):
     entries: list[Entry]
     more: bool
@@ -234,9 +278,24 @@ class Failed(Reply, frozen=True, tag=True, kw_only=True):
 
 
 AnyRequest = (
-    Hello | Attach | Need | Info | List | MakeCatalog | Refresh | Warm | Evict | Verify | Status | Cancel | Shutdown
+    Hello
+    | Attach
+    | Need
+    | Info
+    | List
+    | MakeCatalog
+    | Refresh
+    | Warm
+    | Evict
+    | Announce
+    | Plan
+    | Withdraw
+    | Verify
+    | Status
+    | Cancel
+    | Shutdown
 )
-AnyReply = Welcome | Attached | Ready | Found | Page | Progress | Catalogued | Done | Report | Failed
+AnyReply = Welcome | Attached | Ready | Found | Announced | Page | Progress | Catalogued | Done | Report | Failed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_request = msgspec.msgpack.Decoder(AnyRequest).decode

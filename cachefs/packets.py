@@ -54,8 +54,18 @@ def listen(run: Path) -> socket.socket:
 
 def peer_uid(sock: socket.socket) -> int:
     """The effective uid of the process at the other end, as the kernel saw it at connect (unix(7), SO_PEERCRED)."""
+    return _peer(sock)[1]
+
+
+def peer_pid(sock: socket.socket) -> int:
+    """The process at the other end; 0 when it is in a pid namespace that we cannot see."""
+    return _peer(sock)[0]
+
+
+def _peer(sock: socket.socket) -> tuple[int, int, int]:
     raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    return int(struct.unpack("3i", raw)[1])
+    pid, uid, gid = struct.unpack("3i", raw)
+    return pid, uid, gid
 
 
 def receive(sock: socket.socket) -> tuple[bytes, list[int]]:

@@ -5,22 +5,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-
-@dataclass(frozen=True)
-class Mount:
-    """A mount of this user. redacted: what its origin takes besides credentials (protocol, options, environ)."""
-
-    mountpoint: str
-    origin: str
-    dataset: str
-    root: str
-    dirs: tuple[str, ...]
-    alive: bool
-    redacted: dict[str, Any] = field(default_factory=dict)
+from cachefs.mountpoints import Mount
 
 
 class Mounts(Protocol):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,13 @@ import typer
 
 from cachefs import datasets
 from cachefs.cli import exits
-from cachefs.cli.mounted import Mount, mounts
-from cachefs.cli.options import CacheDirOption, JsonOption, OriginOptionOption, cache_config, origin_options
+from cachefs.cli.mounted import mounts
+from cachefs.cli.options import CacheDirOption, JsonOption, OriginOptionOption
 from cachefs.cli.output import complain, count, progress_bar, say, say_json
-from cachefs.cli.target import Target, target_of
+from cachefs.cli.target import Target, target_of, target_of_mount
 from cachefs.datasets import DatasetRecord
-from cachefs.errors import ConfigError, MountError
+from cachefs.errors import MountError
+from cachefs.mountpoints import Mount
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def refresh(
     """
     mount = mounts().at(origin)
     if mount is not None:
-        target = _target_of_mount(mount, cache_dir, origin_option)
+        target = target_of_mount(mount, cache_dir, origin_option)
     elif os.path.ismount(origin):
         raise MountError(f"{origin}: is not a mount of cachefs (`cachefs status` lists them)")
     else:
@@ -72,19 +72,6 @@ def refresh(
     _say_results(results, as_json)
     if failed:
         raise exits.Unfinished(exits.FAILURES)
-
-
-def _target_of_mount(mount: Mount, dirs: Sequence[str] | None, given: Sequence[str] | None) -> Target:
-    """The origin of a mount, with what its mount noted, and credentials of this command where there are any."""
-    from cachefs.origin import OriginSpec
-
-    if dirs:
-        raise ConfigError(f"{mount.mountpoint}: a mount knows its cache; leave --cache-dir out")
-    noted = mount.redacted
-    options = {**noted.get("options", {}), **origin_options(given)}
-    captured = OriginSpec.capture(noted["protocol"], options)
-    spec = OriginSpec(captured.protocol, captured.options, {**captured.environ, **noted.get("environ", {})})
-    return Target(cache_config(mount.dirs), spec, mount.root, mount.origin, redacted=not given)
 
 
 def _refresh_dataset(target: Target, record: DatasetRecord) -> _Refreshed:

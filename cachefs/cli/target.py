@@ -15,6 +15,7 @@ from cachefs.cli.options import cache_config, origin_options
 from cachefs.config import CacheConfig
 from cachefs.datasets import DatasetRecord
 from cachefs.errors import CatalogError, ConfigError
+from cachefs.mountpoints import Mount
 
 if TYPE_CHECKING:
     from cachefs.catalog import Catalog
@@ -137,6 +138,19 @@ def target_of(
 ) -> Target:
     """The target of a command's options. Raises ConfigError, UnsupportedOrigin."""
     return Target.parse(origin, options, cache_config(dirs, size, min_free), redacted=redacted)
+
+
+def target_of_mount(mount: Mount, dirs: Sequence[str] | None, given: Sequence[str] | None) -> Target:
+    """The origin of a mount, with what its mount noted, and credentials of this command where there are any."""
+    from cachefs.origin import OriginSpec
+
+    if dirs:
+        raise ConfigError(f"{mount.mountpoint}: a mount knows its cache; leave --cache-dir out")
+    noted = mount.redacted
+    options = {**noted.get("options", {}), **origin_options(given)}
+    captured = OriginSpec.capture(noted["protocol"], options)
+    spec = OriginSpec(captured.protocol, captured.options, {**captured.environ, **noted.get("environ", {})})
+    return Target(cache_config(mount.dirs), spec, mount.root, mount.origin, redacted=not given)
 
 
 def _without_secrets(spec: OriginSpec) -> bool:

@@ -67,6 +67,7 @@ class Attachments:
     def __init__(self, home: Path) -> None:
         self._home = home
         self._origins: dict[str, Origin] = {}
+        self._bare: set[str] = set()  # of these, those that were opened without the secrets of who asked
         self._in_use: Counter[str] = Counter()
         self._saved: set[str] = set()
 
@@ -104,12 +105,23 @@ class Attachments:
     def _origin(self, spec: OriginSpec, redacted: bool) -> Origin:
         key = spec.fingerprint()
         if redacted:
-            for origin in self._origins.values():
-                if origin.identity == spec.identity:
-                    return origin
+            if (known := self._with_secrets(spec.identity)) is not None:
+                return known
+            self._bare.add(key)
+        else:
+            self._bare.discard(key)
         if key not in self._origins:
             self._origins[key] = open_origin(spec)
         return self._origins[key]
+
+    def _with_secrets(self, identity: str) -> Origin | None:
+        """The origin as somebody knows it who gave credentials, else as it is known at all."""
+        same = [(key in self._bare, origin) for key, origin in self._origins.items() if origin.identity == identity]
+        return min(same, key=lambda pair: pair[0])[1] if same else None
+
+    def renew(self, attachment: Attachment) -> None:
+        """Its origin refused it: from now on the one that somebody has attached with credentials, if any."""
+        attachment.origin = self._with_secrets(attachment.identity) or attachment.origin
 
     async def close(self) -> None:
         for origin in self._origins.values():

@@ -92,7 +92,10 @@ class Objects:
     def refs(self, attachment: Attachment, request: Need) -> Refs:
         """Where the reader that asks will look for the object."""
         if request.version:
-            return ((attachment.dataset, version_ref(request.path, request.version)),)
+            at = (attachment.dataset, version_ref(request.path, request.version))
+            if request.everywhere:  # a mount looks by version, a file system by snapshot
+                return (at, (attachment.dataset, snapshot_ref(request.path, attachment.snapshot)))
+            return (at,)
         return ((attachment.dataset, snapshot_ref(request.path, attachment.snapshot)),)
 
     def stored(self, known: Known, refs: Refs) -> Stored:
@@ -140,16 +143,17 @@ class Objects:
         known = room.index.known(attachment.identity, request.path, version)
         if known is None or not known.key:
             return None
-        sealed = any(room.reader.file(*ref) for ref in refs) and not request.damaged
-        if not sealed:
+        missing = tuple(ref for ref in refs if not room.reader.file(*ref))
+        if missing == refs or request.damaged:
             if not room.store.has(known.key):
                 return None
             # Not checked since the machine started, or a reader found it wrong: read it before it is served.
             if not await asyncio.to_thread(room.store.check, known.key):
                 self._damaged(attachment, known)
                 return None
-            if not await asyncio.to_thread(room.store.link, known.key, refs):
-                return None
+            missing = refs
+        if missing and not await asyncio.to_thread(room.store.link, known.key, missing):
+            return None
         room.counters.stored += 1
         self._see(attachment, request, version, known.size, known.mtime_ns)
         return self.stored(known, refs)
@@ -161,6 +165,8 @@ class Objects:
             key = self.room.store.key_of(dataset, ref) if file else None
             if file and key and self.room.store.has(key):
                 self.room.counters.stored += 1
+                if len(refs) > 1:
+                    self.room.store.link(key, refs)
                 return Stored(key, os.stat(file).st_size, version, 0, file, refs)
         return None
 

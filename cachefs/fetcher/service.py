@@ -18,16 +18,18 @@ import msgspec
 
 from cachefs import memory
 from cachefs.catalog import staging
-from cachefs.errors import CacheFSError, FetcherError, ObjectNotFound, StaleObject, to_wire
+from cachefs.errors import CacheFSError, FetcherError, ObjectNotFound, PlanError, StaleObject, to_wire
 from cachefs.fetcher.attachments import Attachment
 from cachefs.fetcher.jobs import Jobs
 from cachefs.fetcher.lanes import FOREGROUND
 from cachefs.fetcher.large import Alive, LargeObjects, Place, silent
 from cachefs.fetcher.objects import Objects, Room, Stored
+from cachefs.fetcher.prefetch import Listening, Prefetcher
 from cachefs.fetcher.settings import leave_count, remember_size, take_count
 from cachefs.fetcher.transit import Transit
 from cachefs.messages import (
     PROTOCOL,
+    Announce,
     AnyRequest,
     Attach,
     Attached,
@@ -42,6 +44,7 @@ from cachefs.messages import (
     List,
     MakeCatalog,
     Need,
+    Plan,
     Progress,
     Ready,
     Refresh,
@@ -52,10 +55,11 @@ from cachefs.messages import (
     Verify,
     Warm,
     Welcome,
+    Withdraw,
     decode_request,
     encode,
 )
-from cachefs.packets import peer_uid, receive, send
+from cachefs.packets import peer_pid, peer_uid, receive, send
 
 log = logging.getLogger("cachefs.fetcher")
 
@@ -74,6 +78,7 @@ class Service:
         self.objects = Objects(room)
         self.large = LargeObjects(self.objects)
         self.jobs = Jobs(room, self.bytes_of, self.large.discard)
+        self.prefetcher = Prefetcher(room, self.bytes_of)
         self.over = asyncio.Event()
         self.started = time.time()
         self._connections: set[_Connection] = set()
@@ -94,6 +99,7 @@ class Service:
                 keeper.cancel()
                 for connection in list(self._connections):
                     await connection.close()
+                await self.prefetcher.close()
                 await self.large.close()
                 await self.objects.close()
                 await self.room.attachments.close()
@@ -169,7 +175,8 @@ class Service:
     async def ready(self, attachment: Attachment, request: Need, alive: Alive = silent) -> tuple[Ready, int]:
         """The reply to Need and the descriptor that goes with it (-1: none). The descriptor is the caller's."""
         self.room.counters.needs += 1
-        place = await self.bytes_of(attachment, request, alive=alive)
+        with self.prefetcher.asked(attachment, request):
+            place = await self.bytes_of(attachment, request, alive=alive)
         if isinstance(place, Stored):
             file = place.file
             reply = Ready(
@@ -237,6 +244,7 @@ class Service:
                 "in_flight_limit": self.room.in_flight.limit,
             },
             "counters": self.room.counters.as_dict(),
+            "consumers": self.prefetcher.report(),
         }
 
 
@@ -248,6 +256,7 @@ class _Connection:
         self._sock = sock
         self._loop = asyncio.get_running_loop()
         self._attachments: list[Attachment] = []
+        self._consumers = Listening(service.prefetcher, peer_pid(sock), self._hang_up)
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._unsent: deque[tuple[bytes, int]] = deque()
         self._alive = True
@@ -262,23 +271,34 @@ class _Connection:
                 return
             except (OSError, FetcherError):
                 data, descriptors = b"", []
-            for fd in descriptors:
-                os.close(fd)
-            if not data:
+            request = self._understand(data)
+            fd = descriptors.pop() if descriptors and isinstance(request, Announce | Plan) else -1
+            for unwanted in descriptors:
+                os.close(unwanted)
+            if request is None:
                 self._hang_up()
                 return
-            try:
-                request = decode_request(data)
-            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-                log.warning("a reader sent what is no request (%s): cut off", error)
-                self._hang_up()
-                return
-            self._take(request)
+            self._take(request, fd)
 
-    def _take(self, request: AnyRequest) -> None:
+    def _understand(self, data: bytes) -> AnyRequest | None:
+        """None at the end of the connection, and for what is no request."""
+        if not data:
+            return None
+        try:
+            request: AnyRequest = decode_request(data)
+            return request
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            log.warning("a reader sent what is no request (%s): cut off", error)
+            return None
+
+    def _take(self, request: AnyRequest, fd: int) -> None:
+        """fd: what came with an Announce or a Plan, else -1. It is taken over."""
         if isinstance(request, Cancel):
             if task := self._tasks.get(request.target):
                 task.cancel()
+            return
+        if isinstance(request, Announce | Plan | Withdraw):
+            self._hear(request, fd)
             return
         task = self._loop.create_task(self._answer(request))
         self._tasks[request.id] = task
@@ -287,12 +307,28 @@ class _Connection:
     async def _answer(self, request: AnyRequest) -> None:
         try:
             await self._serve(request)
-        except CacheFSError as error:
-            self.reply(Failed(id=request.id, error=to_wire(error)))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the reader is told, and a defect is logged
+            self._fail(request, error)
+
+    def _hear(self, request: Announce | Plan | Withdraw, fd: int) -> None:
+        """What a consumer says it will read: at once, for it is understood by the order in which it is said."""
+        try:
+            if isinstance(request, Withdraw):
+                self.reply(self._consumers.withdraw(request))
+            elif fd < 0:
+                raise PlanError(f"{type(request).__name__} came without its memory")
+            elif isinstance(request, Plan):
+                self.reply(self._consumers.plan(request, fd))
+            else:
+                self.reply(self._consumers.announce(self._attachments, request, fd))
+        except Exception as error:  # noqa: BLE001 - as above
+            self._fail(request, error)
+
+    def _fail(self, request: AnyRequest, error: Exception) -> None:
+        if not isinstance(error, CacheFSError):
             # A defect of ours must not leave a reader waiting: it is logged whole and the reader is told.
-            log.exception("request %s failed", type(request).__name__)
-            self.reply(Failed(id=request.id, error=to_wire(error)))
+            log.error("request %s failed", type(request).__name__, exc_info=error)
+        self.reply(Failed(id=request.id, error=to_wire(error)))
 
     async def _serve(self, request: AnyRequest) -> None:
         service = self._service
@@ -386,6 +422,7 @@ class _Connection:
         self._unsent.clear()
         for task in self._tasks.values():
             task.cancel()
+        self._consumers.close()
         for attachment in self._attachments:
             self._service.room.attachments.detach(attachment)
         self._service.gone(self)

@@ -32,6 +32,7 @@ class Storing:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._threads_until = 0.0
+        self.spent = 0.0  # seconds that writing has taken, of all writers together
         # With one directory there is nothing to look for.
         self._only = Places(store.config.home) if len(store.config.dirs) == 1 else None
 
@@ -39,11 +40,15 @@ class Storing:
         """As Store.put."""
         began = time.monotonic()
         if len(data) > SMALL_BYTES or began < self._threads_until:
-            return await asyncio.to_thread(self._store.put, data, links=links)
+            try:
+                return await asyncio.to_thread(self._store.put, data, links=links)
+            finally:
+                self.spent += time.monotonic() - began
         try:
             return self._store.put(data, links=links)
         finally:
             now = time.monotonic()
+            self.spent += now - began
             if now - began > PROMPT_SECONDS:
                 self._threads_until = now + WARY_SECONDS
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Coroutine, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fsspec.asyn import AsyncFileSystem, get_loop
 from fsspec.implementations.chained import ChainedFileSystem
@@ -28,6 +28,9 @@ from cachefs.filesystem.sync_bytes import SyncBytes
 from cachefs.filesystem.sync_names import SyncNames
 from cachefs.filesystem.travel import handle_of, revive, spawning, travelling_options
 from cachefs.filesystem.views import Views
+
+if TYPE_CHECKING:
+    from cachefs.client.session import Session
 
 T = TypeVar("T")
 
@@ -133,6 +136,11 @@ class CacheFileSystem(ReadOnly, SyncNames, SyncBytes, AsyncSide, ChainedFileSyst
     @property
     def fsid(self) -> str:
         return f"cachefs-{dataset_id(self._views.identity, '')}"
+
+    def dataset_of(self, path: Any) -> tuple[str, Session]:
+        """(object path, session) by which the fetcher knows a path: for who tells it what will be read."""
+        stripped = self._stripped(path)
+        return stripped, self._views.of(stripped).session
 
     @property
     def loop(self) -> Any:

@@ -17,7 +17,7 @@ from cachefs.cli.app import app, run
 from cachefs.cli.doctor_machine import fuse
 from cachefs.cli.fetcher import remark_on_settings
 from cachefs.cli.findings import FAIL
-from cachefs.cli.mounted import Mount, register
+from cachefs.cli.mounted import register
 from cachefs.cli.options import (
     CacheDirOption,
     JsonOption,
@@ -31,6 +31,7 @@ from cachefs.cli.target import Target, open_catalog, target_of
 from cachefs.config import format_size
 from cachefs.datasets import DatasetRecord
 from cachefs.errors import ConfigError, MountError
+from cachefs.mountpoints import Mount
 
 if TYPE_CHECKING:
     from cachefs.catalog import Summary

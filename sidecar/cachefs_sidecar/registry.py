@@ -20,8 +20,9 @@ from typing import Any
 import msgspec
 
 from cachefs.client.session import Session
-from cachefs.config import CacheConfig, Floor, runtime_dir
+from cachefs.config import CacheConfig, Floor
 from cachefs.errors import ConfigError, MountError
+from cachefs.mountpoints import records_folder
 from cachefs_sidecar import mounts
 
 
@@ -165,7 +166,7 @@ def start_ticks(pid: int) -> int:
 
 def folder() -> Path:
     """Where records and control sockets are. Raises ConfigError."""
-    path = runtime_dir() / "mounts"
+    path = records_folder()
     path.mkdir(mode=0o700, exist_ok=True)
     return path
 
