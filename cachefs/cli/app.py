@@ -45,6 +45,7 @@ def cachefs(
       cachefs doctor s3://bucket/imagenet         can this machine do it?
       cachefs mount s3://bucket/imagenet /data    names now, bytes when they are read
       cachefs warm s3://bucket/imagenet           fetch everything ahead
+      cachefs hint s3://bucket/imagenet list      fetch what will be read next, in order
       cachefs status                              what is cached, what is mounted
       cachefs umount /data
 
@@ -53,9 +54,10 @@ def cachefs(
 
 
 def _add_commands() -> None:
-    from cachefs.cli import doctor, evict, refresh, status, stop, verify, warm
+    from cachefs.cli import doctor, evict, hint, refresh, status, stop, verify, warm
 
     app.command("warm")(warm.warm)
+    app.command("hint")(hint.hint)
     app.command("status")(status.status)
     app.command("verify")(verify.verify)
     app.command("evict")(evict.evict)

@@ -10,7 +10,7 @@ import sys
 import traceback
 
 from cachefs.cli.output import complain
-from cachefs.errors import CacheFSError, ConfigError, OriginError, UnsupportedOrigin
+from cachefs.errors import CacheFSError, ConfigError, OriginError, PlanError, UnsupportedOrigin
 
 OK = 0
 FAILURES = 1
@@ -36,7 +36,7 @@ class Unfinished(Exception):
 
 def code_of(error: CacheFSError) -> int:
     """The exit code for an error of cachefs."""
-    if isinstance(error, (ConfigError, UnsupportedOrigin)):
+    if isinstance(error, (ConfigError, PlanError, UnsupportedOrigin)):
         return USAGE
     if isinstance(error, OriginError):
         return ORIGIN

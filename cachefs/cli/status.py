@@ -52,6 +52,7 @@ def status(
         "fetcher": _fetcher_report(fetcher),
         "datasets": [_dataset(config, record) for record in datasets.load_all(config.home)],
         "mounts": _mounts(),
+        "consumers": (fetcher or {}).get("consumers", []),
     }
     if as_json:
         say_json(report)
@@ -180,6 +181,7 @@ def _lines(report: dict[str, Any]) -> list[str]:
         *_fetcher_lines(report["fetcher"]),
         *_dataset_lines(report["datasets"]),
         *_mount_lines(report["mounts"]),
+        *_consumer_lines(report["consumers"]),
     ]
 
 
@@ -253,6 +255,26 @@ def _mount_lines(found: Sequence[dict[str, Any]]) -> list[str]:
             state += f", restarted {restarts:,} times"
         rows.append((printable(m["mountpoint"]), printable(m["origin"]), state))
     return ["mounts:", *table(rows)]
+
+
+def _consumer_lines(found: Sequence[dict[str, Any]]) -> list[str]:
+    """Who gave hints: how far they are, and what holds them up. Nothing where nobody did."""
+    lines = ["hints:"] if found else []
+    for c in found:
+        at = f"item {c['position']:,} of {c['end']:,}, {c['rate']:,.0f}/s"
+        ahead = f"{c['ahead']:,} of {c['window']:,} ahead are ready"
+        lines.append(f"  {printable(c['label']) or 'a program'} (pid {c['pid']}): {at}, {ahead}")
+        late = f"{c['late']:,} reads came before their bytes and waited {c['waited']:,.1f} s in all"
+        lines.append(
+            f"    fetched ahead: {count(c['prefetched'], 'item')}, {format_size(c['prefetched_bytes'])}; {late}"
+        )
+        if c["failed"] or c["unknown"] or c["left_out"]:
+            lines.append(
+                f"    not fetched: {c['failed']:,} failed, {c['unknown']:,} are not in the dataset, "
+                f"{c['left_out']:,} did not fit"
+            )
+        lines.append(f"    {c['bottleneck']}: {printable(c['says'])}")
+    return lines
 
 
 def _say_skipped(target: Target, as_json: bool) -> None:

@@ -85,7 +85,7 @@ def warm(
         if names is None:
             paths, total = _everything(target, record, connection)
         else:
-            paths, missing = _listed(target, record, names)
+            paths, missing = listed(target, record, names)
             total = len(paths)
         with progress_bar(f"Warming {target.url}") as show:
             result = _fetch(connection, paths, total, show)
@@ -139,7 +139,7 @@ def _everything(target: Target, record: DatasetRecord | None, connection: Connec
         return paths, len(paths)
 
 
-def _listed(target: Target, record: DatasetRecord | None, names: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+def listed(target: Target, record: DatasetRecord | None, names: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
     """Object paths of what a list names, directories with all that is below, and (path, why) of what is not there."""
     paths = [object_path(name, target) for name in names]
     catalog = open_catalog(target.config, record) if record is not None else None
@@ -211,16 +211,17 @@ def read_names(file: str, *, null: bool) -> list[str]:
     except OSError as error:
         raise ConfigError(f"--list {file}: cannot be read ({error.strerror})") from None
     names = data.split(b"\0") if null else data.splitlines()
-    return [_name(raw, number, file) for number, raw in enumerate(names, 1) if raw]
+    return [checked_name(raw, number, f"--list {file}") for number, raw in enumerate(names, 1) if raw]
 
 
-def _name(raw: bytes, number: int, file: str) -> str:
+def checked_name(raw: bytes, number: int, file: str) -> str:
+    """The name that is written in a file of names. Raises ConfigError."""
     try:
         name = raw.decode()
     except UnicodeDecodeError:
-        raise ConfigError(f"--list {file}: name {number} is not UTF-8") from None
+        raise ConfigError(f"{file}: name {number} is not UTF-8") from None
     if len(raw) > NAME_BYTES or "\0" in name:
-        raise ConfigError(f"--list {file}: name {number} is no name of an object; if its names end with NUL, add -0")
+        raise ConfigError(f"{file}: name {number} is no name of an object; if its names end with NUL, add -0")
     return name
 
 
