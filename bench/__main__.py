@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan = QUICK if options.quick else Plan()
     given = {name: getattr(options, name) for name in ("files", "names", "found") if getattr(options, name) is not None}
     if options.rounds is not None:
-        given |= dict.fromkeys(("rounds", "cold_rounds", "mount_rounds"), options.rounds)
+        given |= dict.fromkeys(("rounds", "cold_rounds", "mount_rounds", "hint_rounds"), options.rounds)
     plan = replace(plan, **given)
     terminal = Console(stderr=True)
     before = signal.signal(signal.SIGTERM, _end)  # as Ctrl-C: everything is taken away again

@@ -19,6 +19,7 @@ class Plan:
     rounds: int = 9
     cold_rounds: int = 5
     mount_rounds: int = 5
+    hint_rounds: int = 3
 
 
-QUICK = Plan(files=1000, names=100_000, found=20_000, rounds=5, cold_rounds=3, mount_rounds=3)
+QUICK = Plan(files=1000, names=100_000, found=20_000, rounds=5, cold_rounds=3, mount_rounds=3, hint_rounds=1)

@@ -125,13 +125,13 @@ class Stage:
     def forget_pages(self) -> None:
         """Take the files out of the page cache: who reads them next, reads them from the disk."""
         for file in self._files():
-            _forget_pages(file)
+            forget_pages(file)
 
     def write_again(self) -> None:
         """The same files with the same bytes and times, just written."""
         for file in self._files():
             info, data = file.stat(), file.read_bytes()
-            _forget_pages(file)
+            forget_pages(file)
             with file.open("r+b") as out:
                 out.write(data)
             os.utime(file, ns=(info.st_atime_ns, info.st_mtime_ns))
@@ -255,7 +255,7 @@ def unmount_below(folder: Path) -> None:
             subprocess.run([*tool, point], check=True)
 
 
-def _forget_pages(file: Path) -> None:
+def forget_pages(file: Path) -> None:
     fd = os.open(file, os.O_RDONLY)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(fd)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from bench.outcome import Outcome
 from bench.plan import Plan
-from bench.scenarios import cold, hit, hot, latency, million, names
+from bench.scenarios import cold, hints, hit, hot, latency, million, names, pages
 from bench.stage import Stage
 
 
@@ -28,5 +28,7 @@ SCENARIOS = {
     "hit": Scenario(hit.QUESTION, hit.measure, lambda _: 1),
     "cold": Scenario(cold.QUESTION, cold.measure, lambda plan: 2 * plan.cold_rounds),
     "names": Scenario(names.QUESTION, names.measure, lambda _: 0),
+    "hints": Scenario(hints.QUESTION, hints.measure, lambda plan: 2 * plan.hint_rounds),
+    "pages": Scenario(pages.QUESTION, pages.measure, lambda _: 1),
     "million": Scenario(million.QUESTION, million.measure, lambda _: 0),
 }
