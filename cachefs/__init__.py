@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cachefs.config import CacheConfig as CacheConfig
     from cachefs.filesystem import CacheFileSystem as CacheFileSystem
+    from cachefs.hints.reading import hinted as hinted
 
-__all__ = ["CacheConfig", "CacheFileSystem", "__version__"]
+__all__ = ["CacheConfig", "CacheFileSystem", "__version__", "hinted"]
 
 __version__ = "0.1.0"
 
@@ -26,4 +27,8 @@ def __getattr__(name: str) -> Any:
         from cachefs.filesystem import CacheFileSystem
 
         return CacheFileSystem
+    if name == "hinted":
+        from cachefs.hints.reading import hinted
+
+        return hinted
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

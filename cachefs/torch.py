@@ -8,6 +8,9 @@ of the epoch from the sampler, says it to the fetcher, and hands it out; what is
 sampler. Where the next epoch follows from a seed (DistributedSampler) its order is announced in the middle of this one,
 so that its first batches are there when it begins. The workers take no part: any number, forked or spawned.
 
+Frameworks that replace samplers: Lightning and Accelerate keep a hinted one. With use_seedable_sampler Accelerate puts
+another sampler into the batch sampler, so there it is the batch sampler that is hinted: `hinted(BatchSampler(...))`.
+
 Hints are advice. What goes wrong with them is one warning, and training goes on.
 """
 
