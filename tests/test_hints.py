@@ -478,3 +478,15 @@ def test_a_dataset_that_the_caller_may_not_read(throttled: ThrottledBucket, cach
         time.sleep(0.3)
         assert report(stranger)["prefetched"] == 0
     assert stranger.cat_file(names[0]) == content(0)
+
+
+def test_a_fetcher_that_is_just_ending_is_not_the_one_to_tell(throttled: ThrottledBucket, fs: CacheFileSystem):
+    names = fill(throttled, 5)
+    for _ in range(5):
+        fs.cat_file(names[0])
+        with closing(Connection(fs.config, None)) as connection:
+            connection.attach()
+            connection.shutdown()
+        with closing(told(fs, names)) as consumer:
+            consumer.plan(array("I", range(5)))
+            wait_until(lambda consumer=consumer: consumer.frontier == 5)

@@ -91,7 +91,7 @@ class Connection:
 
     def attach(self) -> Attached:
         """Dataset and snapshot of this connection."""
-        return self._attached(self._line(self._deadline()))
+        return self._persisting(lambda deadline: self._attached(self._line(deadline)))
 
     def need(
         self,

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 
 from msgspec import structs
 
-from cachefs.client.session import LostFetcher, Session
+from cachefs.client.session import RETRY_FIRST, RETRY_LAST, LostFetcher, Session
 from cachefs.config import CacheConfig
 from cachefs.errors import CacheFSError, FetcherError
 from cachefs.hints.line import Line
@@ -152,7 +152,7 @@ class Consumer:
                 with contextlib.suppress(LostFetcher):
                     self._tell(kept.line, part)
                     return
-            self._tell_all(self.config, min(FIRST_SECONDS, self.config.deadline))
+            self._tell_persisting(min(FIRST_SECONDS, self.config.deadline))
 
     # --- how far it is ---
 
@@ -177,10 +177,22 @@ class Consumer:
         kept = self._kept
         if not self._end.alive or os.getpid() != kept.pid or not kept.parts:
             return
-        with self._lock, contextlib.suppress(CacheFSError, OSError):
+        with self._lock, contextlib.suppress(CacheFSError, LostFetcher, OSError):
             if kept.line is None or not kept.line.alive:
                 running = self.config if self.config.fetcher == "inprocess" else replace(self.config, fetcher="require")
                 self._tell_all(running, AGAIN_SECONDS)
+
+    def _tell_persisting(self, patience: float) -> None:
+        """Tell everything, to the next fetcher if need be: one that was told to stop may still take a connection."""
+        end, pause = time.monotonic() + patience, RETRY_FIRST
+        while True:
+            try:
+                return self._tell_all(self.config, patience)
+            except LostFetcher as error:
+                if time.monotonic() + pause > end:
+                    raise FetcherError(f"{self.config.home}: its fetcher dies again and again") from error
+            time.sleep(pause)
+            pause = min(RETRY_LAST, pause * 2)
 
     def _tell_all(self, config: CacheConfig, patience: float) -> None:
         self._hang_up()
@@ -192,9 +204,6 @@ class Consumer:
             self._consumer = line.ask(request, Announced, kept.page).consumer
             for part in kept.parts:
                 self._tell(line, part)
-        except LostFetcher as error:
-            self._hang_up()
-            raise FetcherError(f"{config.home}: its fetcher ended as it was told a plan") from error
         except BaseException:
             self._hang_up()
             raise
