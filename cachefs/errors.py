@@ -125,6 +125,10 @@ class FetcherTimeout(FetcherError, TimeoutError):
     errno = errno.ETIMEDOUT
 
 
+class FetcherElsewhere(FetcherError):
+    """Another process is the fetcher of this cache: it will listen in a moment, or is just ending."""
+
+
 class PlanError(CacheFSError, ValueError):
     """A plan of what will be read that cannot be understood. Reads go on without it."""
 

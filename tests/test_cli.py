@@ -61,7 +61,8 @@ def photos(throttled: ThrottledBucket, monkeypatch: pytest.MonkeyPatch) -> Throt
 def test_help_teaches_every_command(cachefs: CommandLine) -> None:
     text = cachefs("--help").ok().out
     commands = re.findall(r"^  (\w+)  +\S", text.split("Commands:")[1], re.MULTILINE)
-    wanted = {"mount", "umount", "warm", "status", "verify", "evict", "refresh", "doctor", "demo", "stop", "hint"}
+    wanted = {"mount", "umount", "warm", "status", "verify", "evict", "refresh", "doctor", "demo", "stop"}
+    wanted |= {"restart", "hint"}
     assert wanted == set(commands)
     assert "Exit codes" in text
     for command in commands:

@@ -23,6 +23,7 @@ from cachefs.errors import (
     OriginUnreachable,
     StaleObject,
 )
+from cachefs.fetcher.hosting import take_lock
 from cachefs.store import Reader
 
 OBJECTS = 100
@@ -153,6 +154,16 @@ def test_a_killed_fetcher_is_replaced_and_the_reads_complete(throttled, cache_di
     assert not list((cache_dir / "tmp").iterdir()) or read(connection, next(iter(objects)))
 
 
+def test_a_fetcher_that_holds_the_lock_and_does_not_listen_is_waited_for(bucket, cache_dir):
+    """It is about to listen (and whoever started it was killed), or is just ending."""
+    path = bucket.put("a.jpg", b"bytes")
+    run = cache_dir / "run"
+    run.mkdir(parents=True, mode=0o700)
+    lock = take_lock(run)
+    threading.Timer(0.7, os.close, [lock]).start()
+    assert read(Connection(config(cache_dir), s3(bucket)), path) == b"bytes"
+
+
 def test_an_idle_fetcher_leaves_nothing(bucket, cache_dir):
     path = bucket.put("a", b"x")
     connection = Connection(config(cache_dir, idle=0.2), s3(bucket))
@@ -218,6 +229,22 @@ def test_what_does_not_fit_streams_through_and_capacity_holds(throttled, cache_d
     on_disk = sum(f.stat().st_blocks * 512 for f in (cache_dir / "blobs").rglob("*") if f.is_file())
     assert on_disk <= limit
     assert on_disk >= limit * 0.9, "a uniform set stays"
+
+
+def test_a_read_over_the_edge_of_what_fits_begins_with_what_is_stored(bucket, cache_dir):
+    data = os.urandom(3 * BLOCK_SIZE)
+    path = bucket.put("large", data)
+    connection = Connection(config(cache_dir, size=BLOCK_SIZE + 100_000), s3(bucket))
+    size, at, end = len(data), BLOCK_SIZE - 1000, BLOCK_SIZE + 1000
+    os.close(connection.need(path, offset=0, length=10, size=size).fd)  # the first block takes all the room
+    got = b""
+    while at < end:
+        located = connection.need(path, offset=at, length=end - at, size=size)
+        with os.fdopen(located.fd):
+            assert located.start <= at < located.stop
+            got += located.read(at, end - at)
+        at = BLOCK_SIZE - 1000 + len(got)
+    assert got == data[BLOCK_SIZE - 1000 : end]
 
 
 def test_an_idle_dataset_gives_room(bucket, cache_dir):

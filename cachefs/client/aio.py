@@ -8,6 +8,7 @@ tells the fetcher that nobody waits any more.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 import time
@@ -40,6 +41,8 @@ from cachefs.messages import (
     encode,
 )
 from cachefs.packets import receive, send
+
+log = logging.getLogger("cachefs.client")
 
 R = TypeVar("R", bound=Reply)
 T = TypeVar("T")
@@ -265,22 +268,26 @@ class AsyncConnection:
             sock = await asyncio.to_thread(connect, self.config, deadline, local=self.session.local)
             line = _Line(sock, asyncio.get_running_loop())
             try:
-                await self._greet(line)
+                pid = await self._greet(line)
             except BaseException:
                 line.close()
                 raise
+            if self._current is not None:
+                log.warning("%s: its fetcher was gone, %d is there now", self.config.home, pid)
             self._current = line
             return line
 
-    async def _greet(self, line: _Line) -> None:
+    async def _greet(self, line: _Line) -> int:
+        """The fetcher's pid."""
         welcome: asyncio.Queue[_Answer | None] = asyncio.Queue()
         attached: asyncio.Queue[_Answer | None] = asyncio.Queue()
         line.waiting.update({1: welcome, 2: attached})
         line.send(self.session.hello(self.config))
         line.send(self.session.attach())
-        expect((await self._next(welcome))[0], Welcome)
+        pid = expect((await self._next(welcome))[0], Welcome).pid
         line.attached = expect((await self._next(attached))[0], Attached)
         del line.waiting[1], line.waiting[2]
+        return pid
 
 
 def _attachment(line: _Line) -> int:

@@ -20,11 +20,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cachefs.config import CacheConfig, default_cache_dir
-from cachefs.errors import CacheUnusable, FetcherError, FetcherTimeout, from_wire
+from cachefs.errors import CacheUnusable, FetcherElsewhere, FetcherError, FetcherTimeout, from_wire
 from cachefs.packets import dial
 
 # A fetcher takes about 0.3 s to start on an idle core; a loaded node at boot may need many times that.
 START_SECONDS = 30.0
+
+# How soon a fetcher that somebody else started, and that does not listen yet, is looked for again.
+ELSEWHERE_SECONDS = 0.05
 
 
 def connect(config: CacheConfig, deadline: float, *, local: bool = False) -> socket.socket:
@@ -51,7 +54,12 @@ def connect(config: CacheConfig, deadline: float, *, local: bool = False) -> soc
             try:
                 return dial(run, max(0.01, deadline - time.monotonic()))
             except (FileNotFoundError, ConnectionRefusedError):
-                _start(config, min(deadline, time.monotonic() + START_SECONDS))
+                # One whose starter was killed may be about to listen, and one that ends listens no more before it
+                # gives its lock back.
+                with contextlib.suppress(FetcherElsewhere):
+                    _start(config, min(deadline, time.monotonic() + START_SECONDS))
+                    continue
+        time.sleep(ELSEWHERE_SECONDS)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cachefs.config import CacheConfig
-from cachefs.errors import CacheUnusable, FetcherError
+from cachefs.errors import CacheUnusable, FetcherElsewhere
 from cachefs.fetcher.index import Index
 from cachefs.fetcher.objects import Room
 from cachefs.fetcher.service import Service
@@ -28,7 +28,7 @@ LOG_BYTES = 8 * 1024 * 1024
 
 
 def host(config: CacheConfig, ready: Callable[[], None], *, log_file: Path) -> None:
-    """Serve `config` until idle or told to stop. Raises CacheUnusable, FetcherError (another one is there)."""
+    """Serve `config` until idle or told to stop. Raises CacheUnusable, FetcherElsewhere."""
     store = Store.open(config)
     run = config.home / "run"
     run.mkdir(mode=0o700, exist_ok=True)
@@ -52,7 +52,7 @@ def host(config: CacheConfig, ready: Callable[[], None], *, log_file: Path) -> N
 
 
 def take_lock(run: Path) -> int:
-    """Hold run/fetcher.lock with our pid in it. Raises FetcherError when another fetcher does."""
+    """Hold run/fetcher.lock with our pid in it. Raises FetcherElsewhere when another fetcher does."""
     try:
         lock = os.open(run / "fetcher.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
@@ -61,7 +61,7 @@ def take_lock(run: Path) -> int:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(lock)
-        raise FetcherError(f"{run.parent}: another fetcher serves this cache") from None
+        raise FetcherElsewhere(f"{run.parent}: another fetcher serves this cache") from None
     os.truncate(lock, 0)
     os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
     return lock

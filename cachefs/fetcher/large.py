@@ -97,7 +97,9 @@ class LargeObjects:
         if sequential:
             self._read_ahead(attachment, subject, name, last + 1)
         if passing is not None:
-            return passing
+            if passing.start <= request.offset:
+                return passing
+            last = passing.start // BLOCK_SIZE - 1  # what comes before is stored; the reader asks again from there on
         assert subject.part is not None
         if subject.part.complete and (stored := await self._finish(attachment, request, subject, name)):
             return stored

@@ -1,4 +1,4 @@
-"""The commands of a node: mount, umount, demo. `main` is the command `cachefs`, with those of `cachefs.cli` too."""
+"""The commands of a node: mount, umount, restart, demo. `main` is the command `cachefs`, those of `cachefs.cli` too."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from cachefs.config import format_size
 from cachefs.datasets import DatasetRecord
 from cachefs.errors import ConfigError, MountError
 from cachefs.mountpoints import Mount
+from cachefs_sidecar.restart import restart
 
 if TYPE_CHECKING:
     from cachefs.catalog import Summary
@@ -98,7 +99,7 @@ def mount(
     path = mounts.resolve(mountpoint)
     _require_fuse()
     _require_apart(path, target)
-    if note := mounts.prepare(path):  # before the listing, which can take long
+    if not (foreground and _kept(path)) and (note := mounts.prepare(path)):  # before the listing, which can take long
         complain(note)
     record, summary = _catalogued(target, min_free)
     if summary.skipped:
@@ -121,6 +122,15 @@ def mount(
         notes={"protocol": bare.protocol, "options": dict(bare.options), "environ": dict(bare.environ)},
     )
     _start(settings, summary, foreground=foreground, as_json=as_json)
+
+
+def _kept(mountpoint: Path) -> bool:
+    """Whether a service manager kept the mount that is there while no process served it: then it goes on."""
+    if "LISTEN_FDS" not in os.environ:
+        return False
+    from cachefs_sidecar.starting import kept_by_manager
+
+    return kept_by_manager(mountpoint) is not None
 
 
 def _require_fuse() -> None:
@@ -293,6 +303,7 @@ def _info(mount: Mount) -> MountInfo:
 register(_Mounts())
 app.command("mount")(mount)
 app.command("umount")(umount)
+app.command("restart")(restart)
 app.command("demo")(demo)
 
 

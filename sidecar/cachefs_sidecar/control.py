@@ -1,4 +1,4 @@
-"""What commands do with mounts: start, stop, list, ask, refresh.
+"""What commands do with mounts: start, stop, list, ask, refresh, restart.
 
 A mount is a keeper process of its own. It gets its settings through a pipe, because they may hold credentials and
 arguments and environments can be read by others; it says "ready" or the error through another. Afterwards one talks
@@ -11,18 +11,17 @@ import contextlib
 import errno
 import json
 import os
-import re
 import select
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from cachefs.errors import MountError, from_wire
-from cachefs_sidecar import mounts, registry
+from cachefs_sidecar import mounts, registry, rescue
+from cachefs_sidecar.launching import Installation, launch, this_installation
 from cachefs_sidecar.registry import MountInfo, MountSettings, list_mounts
 
 __all__ = [
@@ -31,6 +30,7 @@ __all__ = [
     "list_mounts",
     "mount_status",
     "refresh_mount",
+    "restart_mount",
     "run_foreground",
     "start_mount",
     "stop_mount",
@@ -43,12 +43,14 @@ START_SECONDS = 30.0
 REFRESH_SECONDS = 600.0
 STATUS_SECONDS = 5.0
 
+# A restart takes a second. A new keeper may need half a minute on a machine that is starving, and on kernels that
+# cannot deliver requests again every read that is waiting is waited for, up to its deadline.
+RESTART_SECONDS = 240.0
+
 # How often a process that is to end is looked at.
 POLL_SECONDS = 0.02
 
 MAX_PACKET = 64 * 1024
-
-_SECRET = re.compile(r"KEY|SECRET|TOKEN|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
 
 
 def start_mount(settings: MountSettings) -> MountInfo:
@@ -60,7 +62,14 @@ def start_mount(settings: MountSettings) -> MountInfo:
     ready, announce = os.pipe()
     try:
         with registry.starting(START_SECONDS):
-            starter = _launch(announce, _environ(settings))
+            starter = launch(
+                this_installation(),
+                ["--announce", str(announce)],
+                settings,
+                announce,
+                stdin=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
             os.close(announce)
             announce = -1
             answer = _await_ready(starter, settings_bytes, ready)
@@ -80,47 +89,14 @@ def run_foreground(settings: MountSettings, on_ready: Callable[[MountInfo], None
 
     Returns the exit status. The process must have no other threads: the keeper forks. Raises as `start_mount`.
     """
-    from cachefs_sidecar import keeper
+    from cachefs_sidecar import logs, starting
 
-    keeper.set_up_logging()
+    logs.set_up_logging()
     with registry.starting(START_SECONDS):
-        mount = keeper.Keeper(settings, log_file="")
-        info = mount.start()
+        run, info = starting.foreground(settings)
     if on_ready is not None:
         on_ready(info)
-    return mount.run()
-
-
-def _launch(announce: int, environ: dict[str, str]) -> subprocess.Popen[bytes]:
-    try:
-        return subprocess.Popen(
-            # -P: the current directory is not a place to import from.
-            [sys.executable, "-P", "-m", "cachefs_sidecar.keeper", "--announce", str(announce)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            pass_fds=(announce,),
-            env=environ,
-            cwd="/",
-            start_new_session=True,
-        )
-    except OSError as error:
-        raise MountError(f"the keeper cannot be started with {sys.executable} ({error.strerror})") from error
-
-
-def _environ(settings: MountSettings) -> dict[str, str]:
-    """The keeper's environment: ours without what may be a credential, and with the way to this package."""
-    captured = set(settings.session.environ)
-    environ = {k: v for k, v in os.environ.items() if k not in captured and not _SECRET.search(k)}
-    roots = [str(Path(__file__).resolve().parents[1]), _root_of_cachefs()]
-    environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, [*roots, environ.get("PYTHONPATH")])))
-    return environ
-
-
-def _root_of_cachefs() -> str:
-    import cachefs
-
-    return str(Path(cachefs.__file__).resolve().parents[1])
+    return run()
 
 
 def _await_ready(starter: subprocess.Popen[bytes], settings: bytes, ready: int) -> bytes:
@@ -199,7 +175,40 @@ def refresh_mount(info: MountInfo, catalog: str | os.PathLike[str]) -> int:
     return int(reply["changed"])
 
 
+def restart_mount(info: MountInfo, installation: Installation | None = None) -> MountInfo:
+    """Have a new keeper, of `installation` (default: the one that runs this), look after a mount; its record.
+
+    Open files and running readers notice nothing. When the new keeper comes to nothing, the one before goes on.
+    Raises MountError.
+    """
+    installation = installation or this_installation()
+    if info.alive:
+        request = {"op": "restart", "python": installation.python, "path": installation.path}
+        pid = int(_ask(info, request, RESTART_SECONDS)["pid"])
+    else:
+        pid = rescue.restart(info, installation)
+    found = registry.load(Path(info.mountpoint))
+    if found is None or found.pid != pid:
+        raise MountError(f"{info.mountpoint}: was unmounted, or restarted once more, meanwhile")
+    return found
+
+
 def _ask(info: MountInfo, request: dict[str, Any], timeout: float) -> dict[str, Any]:
+    """What the keeper answers; when it has just been followed by another, what that one answers."""
+    try:
+        return _ask_once(info, request, timeout)
+    except _Gone as gone:
+        present = registry.load(Path(info.mountpoint))
+        if present is None or not present.alive or present.pid == info.pid:
+            raise MountError(gone.message) from gone
+        return _ask_once(present, request, timeout)
+
+
+class _Gone(MountError):
+    """The keeper does not run, or not any more."""
+
+
+def _ask_once(info: MountInfo, request: dict[str, Any], timeout: float) -> dict[str, Any]:
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
             sock.settimeout(timeout)
@@ -213,10 +222,10 @@ def _ask(info: MountInfo, request: dict[str, Any], timeout: float) -> dict[str, 
         ) from None
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ECONNREFUSED):
-            raise MountError(f"{info.mountpoint}: its keeper is gone; unmount it and mount it again") from None
+            raise _Gone(f"{info.mountpoint}: its keeper is gone; `cachefs restart` gives it another") from None
         raise MountError(f"{info.mountpoint}: its keeper cannot be asked ({error.strerror})") from error
     if not answer:
-        raise MountError(f"{info.mountpoint}: its keeper ended while it was asked")
+        raise _Gone(f"{info.mountpoint}: its keeper ended while it was asked")
     _raise_error(answer)
     reply: dict[str, Any] = json.loads(answer)
     return reply

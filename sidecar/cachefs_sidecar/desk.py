@@ -14,7 +14,7 @@ import selectors
 import signal
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,12 @@ from cachefs.catalog.hold import hold
 from cachefs.errors import CacheFSError, MountError, to_wire
 from cachefs.packets import peer_uid
 from cachefs_sidecar import registry
-from cachefs_sidecar.crew import Answers, Crew
+from cachefs_sidecar.crew import Crew
 from cachefs_sidecar.fuse import invalidation
 from cachefs_sidecar.fuse.tree import GENERATIONS
 from cachefs_sidecar.fuse.worker import Rooms
+from cachefs_sidecar.launching import Installation
+from cachefs_sidecar.questions import Answers
 
 log = logging.getLogger("cachefs.mount")
 
@@ -39,8 +41,16 @@ STATUS_SECONDS = 2.0
 MAX_PACKET = 64 * 1024
 
 
+# Called with the pid of the keeper that follows, or 0 and why none does.
+Over = Callable[[int, str], None]
+
+
 class Desk:
-    """catalogs: what is served, newest first; a refresh changes it. refreshed: called with the new catalog."""
+    """catalogs: what is served, newest first; a refresh changes it. counts: of the keepers before.
+
+    refreshed: called with what is served from then on. hand_over: begins it, with the installation to run and what
+    has been counted.
+    """
 
     def __init__(
         self,
@@ -49,7 +59,9 @@ class Desk:
         selector: selectors.BaseSelector,
         rooms: Rooms,
         catalogs: list[Path],
-        refreshed: Callable[[Path], None],
+        counts: Mapping[str, int],
+        refreshed: Callable[[Sequence[Path]], None],
+        hand_over: Callable[[Installation, Mapping[str, int], Over], None],
     ) -> None:
         self._path = path
         self._device = device
@@ -57,9 +69,12 @@ class Desk:
         self._rooms = rooms
         self.catalogs = catalogs
         self._holds = {file: hold(file) for file in catalogs}
+        self._counts = counts
         self._refreshed = refreshed
-        self._refreshing = False
-        self._waiting: deque[tuple[socket.socket, Path]] = deque()
+        self._hand_over = hand_over
+        # A refresh or a restart is under way: the next one waits for its end.
+        self._changing = False
+        self._waiting: deque[tuple[socket.socket, dict[str, Any]]] = deque()
         self._crew: Crew | None = None
         path.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -106,12 +121,29 @@ class Desk:
             match request["op"]:
                 case "status":
                     self._status(client)
-                case "refresh":
-                    self._refresh(client, Path(request["catalog"]))
+                case "refresh" | "restart":
+                    self._waiting.append((client, request))
+                    self._change()
                 case other:
                     raise MountError(f"unknown request {other!r}: is this command of another version of cachefs?")
         except (CacheFSError, OSError, ValueError, KeyError, TypeError) as error:
             _reply(client, {"error": to_wire(error)})
+
+    def _change(self) -> None:
+        """Begin with what has waited longest, unless something is under way."""
+        while self._waiting and not self._changing:
+            client, request = self._waiting.popleft()
+            try:
+                if request["op"] == "refresh":
+                    self._refresh(client, Path(request["catalog"]))
+                else:
+                    self._restart(client, Installation(request["python"], request["path"]))
+            except (CacheFSError, OSError, KeyError, TypeError) as error:
+                _reply(client, {"error": to_wire(error)})
+
+    def _changed(self) -> None:
+        self._changing = False
+        self._change()
 
     # --- status ---
 
@@ -121,10 +153,7 @@ class Desk:
 
     def _report(self, client: socket.socket, answers: Answers) -> None:
         assert self._crew is not None
-        totals: dict[str, int] = {}
-        for answer in answers.values():
-            for name, count in answer["counts"].items():
-                totals[name] = totals.get(name, 0) + count
+        totals = self._totals(answers)
         workers = [
             {"pid": place.pid, "restarts": place.restarts, "answers": place.number in answers}
             for place in self._crew.places
@@ -132,15 +161,43 @@ class Desk:
         catalog = str(self.catalogs[0])
         _reply(client, {"catalog": catalog, "pid": os.getpid(), "workers": workers, "counts": totals})
 
+    def _totals(self, answers: Answers) -> dict[str, int]:
+        totals = dict(self._counts)
+        for answer in answers.values():
+            for name, count in answer["counts"].items():
+                totals[name] = totals.get(name, 0) + count
+        return totals
+
+    # --- restart ---
+
+    def _restart(self, client: socket.socket, installation: Installation) -> None:
+        assert self._crew is not None
+        self._changing = True
+        self._crew.ask(
+            {"op": "status"}, "status", STATUS_SECONDS, lambda _, answers: self._counted(client, installation, answers)
+        )
+
+    def _counted(self, client: socket.socket, installation: Installation, answers: Answers) -> None:
+        def over(pid: int, why: str) -> None:
+            if pid:
+                _reply(client, {"pid": pid})
+            else:
+                _reply(client, {"error": to_wire(MountError(f"its new keeper came to nothing: {why}"))})
+                self._changed()
+
+        totals = self._totals(answers)
+        totals.pop("waiting", None)  # these will be asked for again
+        try:
+            self._hand_over(installation, totals, over)
+        except (CacheFSError, OSError) as error:
+            _reply(client, {"error": to_wire(error)})
+            self._changed()
+
     # --- refresh ---
 
     def _refresh(self, client: socket.socket, catalog: Path) -> None:
         """All workers go over to the catalog; then the kernel forgets what changed; then the client hears."""
         assert self._crew is not None
-        if self._refreshing:
-            # Also right after one: its client has heard before the process that told it has ended.
-            self._waiting.append((client, catalog))
-            return
         held = self._holds.get(catalog) or hold(catalog)
         self._rooms.catalog(catalog).close()  # a damaged one is refused here, before any worker hears of it
         old = self.catalogs[0]
@@ -149,20 +206,20 @@ class Desk:
         for file in self._holds.keys() - self.catalogs:
             if (dropped := self._holds.pop(file)) is not None:
                 dropped.release()
-        self._refreshing = True
+        self._changing = True
         self._crew.ask(
             {"op": "catalogs", "files": [str(c) for c in self.catalogs]},
             "switched",
             SWITCH_SECONDS,
-            lambda silent, _: self._switched(client, silent, old, catalog),
+            lambda silent, _: self._switched(client, silent, old),
         )
 
-    def _switched(self, client: socket.socket, silent: set[int], old: Path, new: Path) -> None:
+    def _switched(self, client: socket.socket, silent: set[int], old: Path) -> None:
         assert self._crew is not None
         for number in silent:
             log.warning("worker %d does not take the new catalog", self._crew.places[number].pid)
             self._crew.replace(number)
-        self._refreshed(new)
+        self._refreshed(self.catalogs)
         # In a process of its own, because telling the kernel may wait for a worker: see fuse/invalidation.py.
         pid = os.fork()
         if pid == 0:
@@ -170,7 +227,7 @@ class Desk:
             try:
                 signal.set_wakeup_fd(-1)
                 self._crew.close_devices()
-                status = self._compare_and_tell(client, old, new)
+                status = self._compare_and_tell(client, old, self.catalogs[0])
             finally:
                 os._exit(status)
         client.close()
@@ -196,13 +253,8 @@ class Desk:
         os.waitpid(pid, 0)
         self._selector.unregister(pidfd)
         os.close(pidfd)
-        self._refreshing = False
-        while self._waiting and not self._refreshing:
-            client, catalog = self._waiting.popleft()
-            try:
-                self._refresh(client, catalog)
-            except (CacheFSError, OSError) as error:
-                _reply(client, {"error": to_wire(error)})
+        # Its client has heard before: the next change waits until here all the same.
+        self._changed()
 
 
 def _reply(client: socket.socket, answer: dict[str, Any]) -> None:

@@ -1,137 +1,169 @@
 """The keeper: the one process per mount that must not die, and so does next to nothing.
 
-It mounts, agrees with the kernel on the protocol, holds every descriptor of the connection, and has workers do the
-work (`crew`). Everything a worker needs is imported here before the first fork: its memory is shared, and an upgrade
-of the installation under a live mount cannot reach a worker that is forked later.
+It holds every descriptor of the connection (`connection` says where it has them from) and has workers do the work
+(`crew`). Everything a worker needs is imported here before the first fork: its memory is shared, and an upgrade of
+the installation under a live mount cannot reach a worker that is forked later. Other code comes in one way only:
+another process takes over all that is held here (`succession`, and `heir` for its side of it).
 
 The loop is one poll over: the workers' ends (pidfds), the workers' words, the control socket, and signals. SIGTERM
 (and Ctrl-C in the foreground) unmounts; if files are open, they stay readable until closed, and a second signal ends
-at once.
+at once. Where a service manager keeps the descriptors, SIGTERM ends the processes only: the next ones go on.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
-import json
 import logging
 import os
 import selectors
 import signal
 import socket
-import sys
-import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from cachefs.client import AsyncConnection
-from cachefs.errors import CacheFSError, MountError, to_wire
-from cachefs_sidecar import mounts, registry
+from cachefs.errors import MountError
+from cachefs_sidecar import mounts, registry, rescue, standin
+from cachefs_sidecar.connection import Connection
 from cachefs_sidecar.crew import Crew
-from cachefs_sidecar.desk import Desk
-from cachefs_sidecar.fuse import tracing, worker
-from cachefs_sidecar.fuse.negotiation import negotiate
+from cachefs_sidecar.desk import Desk, Over
+from cachefs_sidecar.device import branches
+from cachefs_sidecar.fuse import worker
+from cachefs_sidecar.handover import Estate
+from cachefs_sidecar.launching import Installation
+from cachefs_sidecar.manager import Manager
 from cachefs_sidecar.registry import MountInfo, MountSettings
+from cachefs_sidecar.succession import Succession
 
 log = logging.getLogger("cachefs.mount")
 
-# A log beyond this is put aside when the next keeper opens it.
-LOG_BYTES = 10 * 1024 * 1024
+# Opening a catalog takes milliseconds; this is for a machine that is starving.
+REHEARSAL_SECONDS = 20.0
+
+# How long workers that are to end may take over what they have in hand. What is left then is delivered again; where
+# the kernel cannot do that, they have as long as a read may take.
+FINISH_SECONDS = 2.0
 
 
 class Keeper:
-    """log_file: where messages go, for the record; "" = stderr. rooms: other rooms than the real ones, for a test.
+    """connect: comes by the connection, once signals wait for the loop. log_file: for the record; "" = stderr.
 
-    resend: False = do as on a kernel that cannot deliver again.
+    rooms: other rooms than the real ones, for a test. manager: keeps the descriptors too. lifeline: see standin.
+    let_go: called in every worker that is forked before `run`.
     """
 
     def __init__(
         self,
         settings: MountSettings,
+        connect: Callable[[], Connection],
         *,
         log_file: str,
         rooms: worker.Rooms | None = None,
-        resend: bool = True,
+        manager: Manager | None = None,
+        lifeline: int = -1,
+        let_go: Callable[[], None] = lambda: None,
     ) -> None:
         self._settings = settings
+        self._connect = connect
         self._log_file = log_file
         self._mountpoint = mounts.resolve(settings.mountpoint)
         self._rooms = rooms or worker.real_rooms(lambda cache: AsyncConnection(cache, settings.session))
-        self._resend = resend
+        self._manager = manager
+        self._lifeline = lifeline
+        self._let_go_first = let_go
         self._selector = selectors.DefaultSelector()
         self._closers = contextlib.ExitStack()
+        self._succession: Succession | None = None
+        # Stays with this process when it is in the foreground and another keeps the mount.
+        self._standing_in: socket.socket | None = None
         self._signals = 0
-        self._over = False
+        self._ours = False
+        self._left = False
         self._status = 0
 
     # --- the beginning ---
 
     def start(self) -> MountInfo:
-        """Mount and start the workers; the mount is usable when this returns. Raises MountError, CatalogError."""
+        """Connect and serve; the mount is usable when this returns. Raises MountError, CatalogError."""
         self._rooms.catalog(self._settings.catalog).close()  # a damaged one is said before anything is mounted
-        note = mounts.prepare(self._mountpoint)
-        if note:
-            log.warning("%s", note)
-        settings = self._settings
+        self.rehearse()
+        self.begin()
+        return self.take_over()
+
+    def rehearse(self) -> list[int]:
+        """Connect and have the workers ready to begin; their pids. Raises MountError, CatalogError."""
         with self._closers as closers:
             self._take_signals(closers)
-            self._device = mounts.mount(self._mountpoint, source=settings.origin, allow_other=settings.allow_other)
-            closers.callback(os.close, self._device)
+            connection = self._connection = self._connect()
+            closers.callback(os.close, connection.fd)
+            self._ours = connection.mounted
             closers.callback(self._unmount_quietly)
-            agreement = negotiate(self._device)
-            if not mounts.raise_read_ahead(self._mountpoint):
-                log.info("the kernel reads at most 128 KiB ahead; only root may raise that")
-            self._info = self._describe()
+            self._rooms.catalog(connection.catalogs[0]).close()
+            self._info = self._describe(connection)
+            closers.callback(os.close, rescue.leave_settings(self._settings, connection.device))
+            closers.callback(self._remove_record)
             self._desk = Desk(
                 Path(self._info.control),
-                self._device,
+                connection.fd,
                 self._selector,
                 self._rooms,
-                [settings.catalog],
+                list(connection.catalogs),
+                connection.counts,
                 self._refreshed,
+                self._hand_over,
             )
             closers.callback(self._desk.close)
-            closers.callback(lambda: registry.remove(self._info))
-            serving = worker.Serving(
-                cache=settings.cache,
-                dataset=settings.dataset,
-                catalogs=self._desk.catalogs,
-                agreement=agreement,
-                uid=os.getuid() if settings.uid is None else settings.uid,
-                gid=os.getgid() if settings.gid is None else settings.gid,
-                rooms=self._rooms,
-            )
-            self._crew = Crew(
-                self._device,
-                settings.worker_count(),
-                self._selector,
-                lambda: replace(serving, catalogs=self._desk.catalogs),
-                self._let_go,
-                resend=agreement.resend and self._resend,
-            )
+            self._crew = self._hire(connection)
             closers.callback(self._crew.end)
             # What lives now lives on: the collector need not touch (and so copy) the pages shared with the workers.
             gc.collect()
             gc.freeze()
-            self._crew.start()
-            registry.save(self._info)
+            self._crew.rehearse(REHEARSAL_SECONDS)
             self._closers = closers.pop_all()  # from now on `run` is responsible
-        log.info("%s: mounted %s, %d workers", self._mountpoint, settings.origin, settings.worker_count())
+        return self._crew.pids
+
+    def begin(self) -> None:
+        self._crew.begin()
+
+    def take_over(self) -> MountInfo:
+        """Nobody else serves: what was left unanswered is delivered to our workers, and the mount is ours."""
+        self._crew.deliver_again()
+        self._ours = True
+        registry.save(self._info)
+        standin.tell(self._lifeline, pid=os.getpid())
+        log.info("%s: serving %s, %d workers", self._mountpoint, self._settings.origin, self._info.workers)
         return self._info
 
-    def _unmount_quietly(self) -> None:
-        """When the mount could not be made whole, or its keeper must end: nothing dead is left behind."""
-        if self._over:
-            return  # what is mounted there now is another's
-        present = mounts.mounted_at(self._mountpoint)
-        if present is not None and present.fstype == mounts.FSTYPE and present.source == self._settings.origin:
-            with contextlib.suppress(MountError):
-                mounts.unmount(self._mountpoint, lazy=True)
+    def entrust(self) -> None:
+        """Have the service manager, if there is one, keep the descriptors too."""
+        if self._manager is not None:
+            self._manager.store(os.getpid(), self._connection.devices)
+            self._manager.ready(f"{self._settings.origin} at {self._mountpoint}")
 
-    def _describe(self) -> MountInfo:
-        path = registry.folder() / f"{registry.name_of(self._mountpoint)}-{os.getpid()}.sock"
+    def _hire(self, connection: Connection) -> Crew:
+        settings = self._settings
+        serving = worker.Serving(
+            cache=settings.cache,
+            dataset=settings.dataset,
+            catalogs=self._desk.catalogs,
+            agreement=connection.agreement,
+            uid=os.getuid() if settings.uid is None else settings.uid,
+            gid=os.getgid() if settings.gid is None else settings.gid,
+            rooms=self._rooms,
+        )
+        return Crew(
+            connection.fd,
+            connection.devices,
+            self._selector,
+            lambda: replace(serving, catalogs=self._desk.catalogs),
+            self._let_go,
+            resend=connection.agreement.resend,
+            shared=connection.shared,
+        )
+
+    def _describe(self, connection: Connection) -> MountInfo:
         settings = self._settings
         return MountInfo(
             mountpoint=str(self._mountpoint),
@@ -139,14 +171,18 @@ class Keeper:
             dataset=settings.dataset,
             root=settings.session.root,
             dirs=tuple(str(d) for d in settings.cache.dirs),
-            catalog=str(settings.catalog),
+            catalog=str(connection.catalogs[0]),
             pid=os.getpid(),
             ticks=registry.start_ticks(os.getpid()),
-            control=str(path),
-            workers=settings.worker_count(),
-            started=time.time(),
+            control=str(registry.control_path(self._mountpoint, os.getpid())),
+            workers=len(connection.devices),
+            started=connection.started,
             log=self._log_file,
             notes=settings.notes,
+            device=connection.device,
+            catalogs=tuple(str(file) for file in connection.catalogs),
+            minor=connection.agreement.minor,
+            flags=connection.agreement.flags,
         )
 
     def _let_go(self) -> None:
@@ -157,27 +193,60 @@ class Keeper:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         self._selector.close()
         self._desk.let_go()
+        if self._lifeline >= 0:
+            os.close(self._lifeline)
+        self._let_go_first()
 
-    def _refreshed(self, catalog: Path) -> None:
-        self._info = replace(self._info, catalog=str(catalog))
+    def _refreshed(self, catalogs: Sequence[Path]) -> None:
+        files = tuple(str(file) for file in catalogs)
+        self._info = replace(self._info, catalog=files[0], catalogs=files)
         registry.save(self._info)
 
     # --- the loop ---
 
+    @property
+    def catalog(self) -> Path:
+        """What is served."""
+        return self._desk.catalogs[0]
+
+    @property
+    def lost(self) -> bool:
+        """Whether the mount was given up because requests were lost that nobody can deliver again: mount anew."""
+        return self._crew.lost
+
     def run(self) -> int:
-        """Look after the mount until it is gone; the exit status."""
+        """Look after the mount until it is gone, lost, or another's; the exit status."""
+        self._let_go_first = lambda: None
         with self._closers:
             self._desk.open(self._crew)
-            while not self._crew.gone:
-                for key, _ in self._selector.select(self._crew.timeout()):
+            while self._ours and not self._crew.gone and not self._crew.lost:
+                for key, _ in self._selector.select(self._timeout()):
                     # An event handled before may have ended what this one is about, and a new worker may have
                     # its number: only the very same registration counts.
                     if self._selector.get_map().get(key.fd) is key:
                         key.data()
                 self._crew.look_at_clocks()
-            self._over = True
-        log.info("%s: unmounted", self._mountpoint)
+                if self._succession is not None:
+                    self._succession.look_at_clock()
+            if self._crew.lost:
+                self._unmount_quietly()  # and the last descriptor that is closed here fails what still waits
+            unmounted, self._ours = self._ours, False
+            if self._succession is not None:
+                self._succession.cancel()
+        if self.lost:
+            return 1
+        if unmounted:
+            log.info("%s: unmounted", self._mountpoint)
+            if self._manager is not None:
+                self._manager.forget(os.getpid())
+            standin.tell(self._lifeline, status=self._status)
+        elif self._standing_in is not None:
+            return standin.stand_in(self._standing_in)
         return self._status
+
+    def _timeout(self) -> float | None:
+        times = [self._crew.timeout(), self._succession.timeout() if self._succession is not None else None]
+        return min((seconds for seconds in times if seconds is not None), default=None)
 
     def _take_signals(self, closers: contextlib.ExitStack) -> None:
         """From here on SIGTERM and Ctrl-C wait for the loop: to die of one would leave a dead mount behind."""
@@ -203,6 +272,14 @@ class Keeper:
             self._status = 1
             self._crew.end()
             return
+        if self._manager is not None and mounts.is_device(self._mountpoint, self._info.device):
+            if self._succession is not None:
+                self._succession.cancel()
+                self._succession = None
+            log.info("%s: ends, and leaves the mount to the service manager", self._mountpoint)
+            self._crew.close()
+            self._crew.finish(self._finish_seconds, self._leave_behind)
+            return
         try:
             mounts.unmount(self._mountpoint)
         except MountError as error:
@@ -210,99 +287,77 @@ class Keeper:
             log.warning("taken out of the tree; open files stay readable. A second signal ends at once")
             self._unmount_quietly()
 
+    def _leave_behind(self) -> None:
+        self._ours, self._left = False, True
 
-# --- the detached process -------------------------------------------------------------------------------------
+    def _unmount_quietly(self) -> None:
+        """When the mount could not be made whole, or its keeper must end: nothing dead is left behind."""
+        if self._ours and mounts.is_device(self._mountpoint, self._connection.device):
+            with contextlib.suppress(MountError):
+                mounts.unmount(self._mountpoint, lazy=True)
 
+    def _remove_record(self) -> None:
+        if not self._left:  # else whoever goes on reads it
+            registry.remove(self._info)
 
-def open_log(settings: MountSettings) -> str:
-    """Direct stdout and stderr into the mount's log file; its path.
+    # --- another keeper ---
 
-    In the cache's home; where that cannot be written, with the records of mounts.
-    """
-    name = f"mount-{registry.name_of(mounts.resolve(settings.mountpoint))}.log"
-    for folder in (settings.cache.home / "run", registry.folder()):
-        file = folder / name
-        try:
-            folder.mkdir(mode=0o700, exist_ok=True)
-            if file.exists() and file.stat().st_size > LOG_BYTES:
-                file.replace(file.with_suffix(".log.1"))
-            fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        except OSError:
-            continue
-        os.dup2(fd, 1)
-        os.dup2(fd, 2)
-        os.close(fd)
-        return str(file)
-    raise MountError(f"{registry.folder()}: no log can be written there, nor in {settings.cache.home}/run")
+    @property
+    def _finish_seconds(self) -> float:
+        return FINISH_SECONDS if self._connection.agreement.resend else self._settings.cache.deadline
 
+    def _hand_over(self, installation: Installation, counts: Mapping[str, int], over: Over) -> None:
+        """Raises MountError when it cannot even begin; else `over` is called when it is over."""
+        connection = self._connection
+        if connection.shared and not connection.agreement.resend:
+            raise MountError("on this kernel (Linux before 6.9) the queue that its workers share cannot be handed over")
+        devices, shared = branches(connection.fd, len(self._crew.places))
+        if self._lifeline < 0 and not self._log_file and self._manager is None:
+            self._standing_in, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self._lifeline = theirs.detach()
+        estate = Estate(
+            settings=self._settings,
+            info=self._info,
+            device=connection.fd,
+            devices=devices,
+            held=[place.device for place in self._crew.places],
+            shared=shared,
+            counts=counts,
+            lifeline=self._lifeline,
+            manager=self._manager.address if self._manager is not None else "",
+        )
+        heir = self._succession = Succession(
+            installation,
+            estate,
+            self._crew,
+            self._selector,
+            lambda pid, why: self._succeeded(pid, why, over),
+            finish_seconds=self._finish_seconds,
+        )
+        if self._manager is not None:
+            # By this process, because the manager listens to its main process only.
+            self._manager.store(heir.pid, devices)
 
-def set_up_logging() -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(message)s"))
-    handler.addFilter(_Bounded())
-    log.addHandler(handler)
-    log.setLevel(logging.DEBUG if tracing.wanted() else logging.INFO)
-    log.propagate = False
-
-
-class _Bounded(logging.Filter):
-    """At most so many lines per period: an origin that is down would fill the disk with one line per read."""
-
-    LINES, SECONDS = 200, 10.0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._since = 0.0
-        self._lines = 0
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.levelno <= logging.DEBUG:
-            return True  # whoever wants a trace wants all of it
-        now = time.monotonic()
-        if now - self._since > self.SECONDS:
-            self._since, self._lines = now, 0
-        self._lines += 1
-        if self._lines == self.LINES:
-            record.msg, record.args = "%s (more lines are left out for some seconds)", (record.getMessage(),)
-        return self._lines <= self.LINES
-
-
-def main() -> None:
-    """`python -m cachefs_sidecar.keeper --announce FD`: settings on stdin, "ready" or an error as JSON on FD."""
-    parser = argparse.ArgumentParser(description="Keeps one cachefs mount; started by `cachefs mount`.")
-    parser.add_argument("--announce", type=int, required=True)
-    announce = parser.parse_args().announce
-    os.set_inheritable(announce, False)
-    packed = sys.stdin.buffer.read()
-    if os.fork() != 0:
-        os._exit(0)  # whoever started this reaps it; the keeper is init's child
-    sys.exit(_keep(packed, announce))
-
-
-def _keep(packed: bytes, announce: int) -> int:
-    null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 0)
-    os.close(null)
-    set_up_logging()
-    try:
-        settings = registry.decode_settings(packed)
-        keeper = Keeper(settings, log_file=open_log(settings))
-        keeper.start()
-    except CacheFSError as error:
-        _announce(announce, {"error": to_wire(error)})
-        return 1
-    except Exception as error:
-        log.exception("the mount could not be made")
-        _announce(announce, {"error": to_wire(error)})
-        raise
-    _announce(announce, {"ready": True})
-    return keeper.run()
-
-
-def _announce(fd: int, message: dict[str, Any]) -> None:
-    with contextlib.suppress(BrokenPipeError), os.fdopen(fd, "wb") as pipe:  # the starter gave up waiting
-        pipe.write(json.dumps(message).encode())
+    def _succeeded(self, pid: int, why: str, over: Over) -> None:
+        heir, self._succession = self._succession, None
+        assert heir is not None
+        if pid:
+            log.info("%s: process %d keeps it from now on", self._mountpoint, pid)
+            self._ours = False
+            if self._manager is not None:
+                self._manager.forget(os.getpid())
+                self._manager.main_is(pid)
+            if self._standing_in is not None:
+                os.close(self._lifeline)  # the heir's is the only one left, and says when it is gone
+        else:
+            log.warning("%s: no other keeper (%s); this one goes on", self._mountpoint, why)
+            registry.save(self._info)  # the other may have written its own
+            if self._manager is not None:
+                self._manager.forget(heir.pid)
+        over(pid, why)
 
 
 if __name__ == "__main__":
+    from cachefs_sidecar.starting import main
+
     main()

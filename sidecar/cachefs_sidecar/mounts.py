@@ -13,13 +13,14 @@ import re
 import shutil
 import socket
 import subprocess
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
 from cachefs.errors import MountError
+from cachefs_sidecar.device import DEVICE
 
 FSTYPE = "fuse.cachefs"
-DEVICE = "/dev/fuse"
 
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV = 1, 2, 4
 _MNT_DETACH = 2
@@ -27,11 +28,12 @@ _MNT_DETACH = 2
 # 1 MiB per READ, the kernel's own limit (256 pages).
 _MAX_READ = 1024 * 1024
 
+# A mount that is served answers within milliseconds.
+ANSWER_SECONDS = 2.0
+
 # What the kernel reads ahead, in KiB. FUSE starts with 128, of which a 160 KB image needs two READs and a large shard
 # thousands; one READ may have 1 MiB. Only root may set it.
 READ_AHEAD_KIB = 1024
-
-_FUSE_DEV_IOC_CLONE = 0x8004E500  # _IOR(229, 0, uint32_t)
 
 
 class Mounted(NamedTuple):
@@ -71,15 +73,22 @@ def mounted_at(mountpoint: Path) -> Mounted | None:
     return None
 
 
-def resolve(mountpoint: str | os.PathLike[str]) -> Path:
-    """The mount point as mountinfo writes it: links resolved above it, the last component untouched.
+def is_device(mountpoint: Path, device: str) -> bool:
+    """Whether that very mount is the topmost there: the same place may have been mounted again."""
+    present = mounted_at(mountpoint)
+    return present is not None and present.device == device
 
-    The last component is not looked at, because a dead mount there answers nothing but errors.
+
+def resolve(mountpoint: str | os.PathLike[str]) -> Path:
+    """The mount point as mountinfo writes it: links resolved.
+
+    A mount itself is not looked at: a dead one answers nothing but errors, and one that nobody serves not at all.
     """
     path = Path(os.path.abspath(os.path.expanduser(mountpoint)))
-    if path.is_symlink():
-        return Path(os.path.realpath(path))
-    return Path(os.path.realpath(path.parent)) / path.name
+    place = Path(os.path.realpath(path.parent)) / path.name
+    if mounted_at(place) is None and place.is_symlink():
+        return Path(os.path.realpath(place))
+    return place
 
 
 def prepare(mountpoint: Path) -> str:
@@ -114,15 +123,23 @@ def prepare(mountpoint: Path) -> str:
 
 
 def is_dead(mountpoint: Path) -> bool:
-    """Whether nobody serves the FUSE mount there any more.
+    """Whether nobody can serve the FUSE mount there any more.
 
-    statvfs(2), because the kernel always passes it on; attributes it would remember for years.
+    statvfs(2), because the kernel always passes it on; attributes it would remember for years. One that does not
+    answer is not dead: its descriptors are held somewhere, and somebody may serve them yet.
     """
-    try:
-        os.statvfs(mountpoint)
-    except OSError as error:
-        return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
-    return False
+    numbers: list[int | None] = []
+
+    def ask() -> None:
+        try:
+            os.statvfs(mountpoint)
+        except OSError as error:
+            numbers.append(error.errno)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(ANSWER_SECONDS)
+    return bool(numbers) and numbers[0] in (errno.ENOTCONN, errno.ECONNABORTED)
 
 
 def mount(mountpoint: Path, *, source: str, allow_other: bool | None) -> int:
@@ -266,19 +283,6 @@ def _opened(pid: str) -> list[str]:
         except OSError:
             continue
     return targets
-
-
-def clone(device: int) -> int:
-    """Another descriptor of the same connection, with requests of its own in flight. Raises OSError."""
-    import fcntl
-
-    fresh = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        fcntl.ioctl(fresh, _FUSE_DEV_IOC_CLONE, device.to_bytes(4, "little"))
-    except BaseException:
-        os.close(fresh)
-        raise
-    return fresh
 
 
 def raise_read_ahead(mountpoint: Path) -> bool:

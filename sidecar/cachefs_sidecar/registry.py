@@ -1,7 +1,8 @@
 """Which mounts this user has: one small JSON file per mount in the runtime directory.
 
 The keeper writes its mount's record when the mount is usable and removes it when the mount is gone. A keeper that
-was killed leaves its record behind; it is known by the process's start time, since pids come again.
+was killed leaves its record behind; it is known by the process's start time, since pids come again. The record holds
+all that another keeper needs to look after the mount instead, but for descriptors and secrets.
 """
 
 from __future__ import annotations
@@ -110,10 +111,14 @@ def decode_settings(data: bytes) -> MountSettings:
             deadline=cache["deadline"],
             fetcher=cache["fetcher"],
         )
-        rest = {key: plain[key] for key in ("dataset", "origin", "workers", "allow_other", "uid", "gid", "notes")}
+        # What a keeper of an older version does not know is left out, and has its default here.
+        optional = ("workers", "allow_other", "uid", "gid", "notes")
+        rest = {key: plain[key] for key in optional if key in plain}
         return MountSettings(
             mountpoint=Path(plain["mountpoint"]),
             catalog=Path(plain["catalog"]),
+            dataset=plain["dataset"],
+            origin=plain["origin"],
             cache=config,
             session=Session(**plain["session"]),
             **rest,
@@ -124,9 +129,11 @@ def decode_settings(data: bytes) -> MountSettings:
 
 @dataclass(frozen=True)
 class MountInfo:
-    """A mount as its record tells it. pid: the keeper's. started: seconds since the epoch.
+    """A mount as its record tells it. pid: the keeper's. started: when it was mounted, in seconds since the epoch.
 
     ticks: the keeper's start in clock ticks since boot. control: its socket. log: where its messages go, "" = stderr.
+    device: of the mount, as mountinfo writes it. catalogs: all that are served, newest first. minor, flags: what was
+    agreed on with the kernel (fuse.negotiation.Agreement).
     """
 
     mountpoint: str
@@ -142,6 +149,10 @@ class MountInfo:
     started: float
     log: str = ""
     notes: Mapping[str, Any] = field(default_factory=dict)
+    device: str = ""
+    catalogs: tuple[str, ...] = ()
+    minor: int = 0
+    flags: int = 0
 
     @property
     def home(self) -> str:
@@ -206,7 +217,14 @@ def starting(timeout: float) -> Iterator[None]:
                 time.sleep(0.01)
         yield
     finally:
+        # Not by closing alone: a keeper in the foreground has forked workers meanwhile, which have it open too.
+        fcntl.flock(lock, fcntl.LOCK_UN)
         os.close(lock)
+
+
+def control_path(mountpoint: Path, pid: int) -> Path:
+    """The control socket of the keeper `pid`: while one keeper follows another there are two."""
+    return folder() / f"{name_of(mountpoint)}-{pid}.sock"
 
 
 def save(info: MountInfo) -> None:
@@ -214,6 +232,14 @@ def save(info: MountInfo) -> None:
     temporary = file.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(asdict(info)))
     os.replace(temporary, file)
+
+
+def as_info(raw: Mapping[str, Any]) -> MountInfo:
+    """Of the fields in `raw`, whatever else another version put there. Raises KeyError, TypeError."""
+    known = {name: raw[name] for name in MountInfo.__dataclass_fields__ if name in raw}
+    for name in ("dirs", "catalogs"):
+        known[name] = tuple(known.get(name, ()))
+    return MountInfo(**known)
 
 
 def remove(info: MountInfo) -> None:
@@ -231,8 +257,7 @@ def load(mountpoint: Path) -> MountInfo | None:
 
 def _read(file: Path) -> MountInfo | None:
     try:
-        raw = json.loads(file.read_text())
-        return MountInfo(**{**raw, "dirs": tuple(raw["dirs"])})
+        return as_info(json.loads(file.read_text()))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

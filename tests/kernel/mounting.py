@@ -7,6 +7,7 @@ names with "hang" in them wait until the file `gate` appears.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import subprocess
 import sys
@@ -22,9 +23,10 @@ from cachefs.config import CacheConfig
 from cachefs.digest import dataset_id, version_ref
 from cachefs.messages import Entry
 from cachefs.store import Reader, Store
-from cachefs_sidecar import registry
+from cachefs_sidecar import connection, device, registry, starting
 from cachefs_sidecar.fuse.worker import Rooms
-from cachefs_sidecar.keeper import Keeper, set_up_logging
+from cachefs_sidecar.keeper import Keeper
+from cachefs_sidecar.logs import set_up_logging
 from cachefs_sidecar.registry import MountSettings
 
 
@@ -138,10 +140,21 @@ def main() -> None:
     set_up_logging()
     rooms = Rooms(Catalog.open, changes, Reader, lambda _: PlainTree(folder))
     settings = registry.decode_settings(sys.stdin.buffer.read())
-    keeper = Keeper(settings, log_file="", rooms=rooms, resend="--no-resend" not in sys.argv)
+    resend = "--no-resend" not in sys.argv
+    if "--no-clone" in sys.argv:
+        device.clone = _refused
+
+    def make(settings: MountSettings) -> Keeper:
+        return Keeper(settings, lambda: connection.mount(settings, resend=resend), log_file="", rooms=rooms)
+
+    keeper = make(settings)
     keeper.start()
     print("ready", flush=True)
-    sys.exit(keeper.run())
+    sys.exit(starting.look_after(keeper, settings, make))
+
+
+def _refused(device: int) -> int:
+    raise PermissionError(errno.EACCES, "Permission denied")
 
 
 if __name__ == "__main__":

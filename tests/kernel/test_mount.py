@@ -275,7 +275,7 @@ def test_a_dead_mount_is_replaced(data: Dataset) -> None:
     for pid in (info.pid, worker):
         os.kill(pid, signal.SIGKILL)
     until(lambda: mounts.is_dead(data.mountpoint))
-    assert list_mounts() == []
+    until(lambda: list_mounts() == [])  # a killed process is still there for a moment
     start_mount(data.settings())
     assert (data.mountpoint / "a.jpg").read_bytes() == FILES["a.jpg"]
 

@@ -227,6 +227,11 @@ class Misses:
                 self._reading.hold(miss.node, miss.size, window)
         return data
 
+    async def finished(self) -> None:
+        """Returns when no read waits any more."""
+        while self._tasks:
+            await asyncio.wait([task for task, _ in self._tasks.values()])
+
     async def close(self) -> None:
         """End every read that waits (EINTR) and the connection."""
         tasks = [task for task, _ in self._tasks.values()]

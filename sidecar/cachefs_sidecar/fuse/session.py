@@ -104,6 +104,7 @@ class Session:
         self._listing = Listing(tree, reading.buffer, FOREVER)
         self.counts: Counter[str] = Counter(IOCTL=0)
         self._catalogs: Sequence[Path] | None = None
+        self.finishing = False
         self._buffer = bytearray(REQUEST_BYTES)
         self._view = memoryview(self._buffer)
         self._reply = memoryview(reading.buffer)
@@ -134,13 +135,13 @@ class Session:
         # is set; FLUSH, FSYNC, LSEEK, STATX, locks) and for most of them never asks again.
 
     def serve(self) -> None:
-        """Answer until the mount is gone. Raises OSError when the descriptor breaks otherwise."""
+        """Answer until the mount is gone, or `finish`. Raises OSError when the descriptor breaks otherwise."""
         buffers = [self._buffer]
-        while True:
+        while not self.finishing:
             try:
                 length = os.readv(self._device, buffers)
             except OSError as error:
-                # ENOENT: the request was interrupted before it was delivered.
+                # ENOENT: the request was interrupted before it was delivered. EAGAIN: `finish` was called.
                 if error.errno in (errno.EINTR, errno.EAGAIN, errno.ENOENT):
                     continue
                 if error.errno in (errno.ENODEV, errno.ECONNRESET):
@@ -169,6 +170,14 @@ class Session:
             self._answer_ioctl(unique)
         else:
             self.answer(self._view[:length])
+
+    def finish(self) -> None:
+        """Read no further request. Called in the thread that serves, by a signal handler: the signal ends the wait.
+
+        A request that was read is answered: an exception out of the handler could come between the two.
+        """
+        self.finishing = True
+        os.set_blocking(self._device, False)  # Python begins an interrupted read again, and this time it must not wait
 
     def _answer_ioctl(self, unique: int) -> None:
         """Python's open() asks every file whether it is a terminal, with an ioctl that the kernel always passes on.

@@ -1,8 +1,9 @@
 """A worker process: one thread that reads requests, one event loop for reads that wait and for the keeper's words.
 
 The keeper forks it. It opens its own catalogs (SQLite does not survive a fork), never touches the origin's
-libraries, and ends when the mount is gone. When it dies, the keeper forks another on the same descriptor. When the
-keeper dies, it goes on.
+libraries, says that it is ready and reads nothing before it is told to begin. It ends when the mount is gone, or
+when it is told to finish: then it reads nothing more and answers what it has. When it dies, the keeper forks another
+on the same descriptor. When the keeper dies, it goes on.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import asyncio
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -93,14 +95,21 @@ class Worker:
         )
         self._misses.replies = self._session
         self._answered = 0
+        self._server = threading.get_ident()
 
     def run(self) -> None:
-        """Serve until the mount is gone. Raises OSError when the descriptor breaks otherwise."""
+        """Serve until the mount is gone, or `finish`. Raises OSError when the descriptor breaks otherwise."""
+        signal.signal(signal.SIGUSR1, lambda *_: self._session.finish())
+        self._tell({"op": "ready"})
+        if not self._control.recv(CONTROL_PACKET):
+            return  # a successor's, which came to nothing
         # A daemon thread, because a broken descriptor must end the process even while a read waits.
         thread = threading.Thread(target=self._run_loop, name="misses", daemon=True)
         thread.start()
         try:
             self._session.serve()
+            if self._session.finishing:
+                asyncio.run_coroutine_threadsafe(self._misses.finished(), self._loop).result()
         finally:
             self._loop.call_soon_threadsafe(self._loop.stop)
             thread.join(timeout=1.0)
@@ -145,6 +154,9 @@ class Worker:
                 self._switch([Path(file) for file in message["files"]])
             case "interrupt":
                 self._misses.interrupt_passed_on(message["unique"])
+            case "finish":
+                # The thread that serves may be waiting for a request: only a signal to itself ends that.
+                signal.pthread_kill(self._server, signal.SIGUSR1)
             case "status":
                 self._tell({"op": "status", "counts": self._counts()})
 
