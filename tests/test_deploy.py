@@ -23,11 +23,12 @@ def service() -> configparser.SectionProxy:
     return unit["Service"]
 
 
-@pytest.mark.parametrize("key", ["ExecStart", "ExecStop"])
+@pytest.mark.parametrize("key", ["ExecStart", "ExecReload", "ExecStop"])
 def test_the_unit_runs_commands_and_options_that_exist(key):
-    words = shlex.split(service()[key])
-    assert words[:2] == ["/usr/bin/env", "cachefs"]
-    helped = script(words[2], "--help").ok().out
+    _, found, command = service()[key].partition("/usr/bin/env cachefs ")
+    assert found
+    words = shlex.split(command.rstrip("'"))
+    helped = script(words[0], "--help").ok().out
     for option in (word for word in words if word.startswith("--")):
         assert option in helped, option
 
@@ -40,5 +41,7 @@ def test_systemd_accepts_the_unit(tmp_path):
     done = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", str(unit)], capture_output=True, text=True, timeout=60, check=False
     )
-    complaints = [line for line in done.stderr.splitlines() if unit.name in line]
+    # Which systemd versions before 254 do not know, and say so; the unit works there too.
+    known = (line for line in done.stderr.splitlines() if "FileDescriptorStorePreserve" not in line)
+    complaints = [line for line in known if unit.name in line]
     assert not complaints, complaints

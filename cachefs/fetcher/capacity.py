@@ -8,6 +8,7 @@ programs fill the disk too.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -73,8 +74,10 @@ class Capacity:
         if look is None or now - look[0] > LOOK_SECONDS:
             try:
                 info = os.statvfs(directory)
-            except OSError as error:
-                raise CacheFull(f"{directory}: cannot be asked for its free space ({error.strerror})") from error
-            look = (now, info.f_bavail * info.f_frsize, info.f_blocks * info.f_frsize)
+                look = (now, info.f_bavail * info.f_frsize, info.f_blocks * info.f_frsize)
+            except OSError:
+                # Gone, or failing. Whoever writes there now finds out, and the store takes the directory out; were
+                # it called full, its objects would stream through for ever.
+                look = (now, sys.maxsize, 0)
             self._looks[directory] = look
         return look[1], look[2]
