@@ -34,7 +34,7 @@ BYTES_PER_NAME = 400
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     plan = QUICK if options.quick else Plan()
-    given = {name: getattr(options, name) for name in ("files", "names", "found") if getattr(options, name) is not None}
+    given = {name: getattr(options, name) for name in ("files", "names", "found", "kills") if getattr(options, name) is not None}
     if options.rounds is not None:
         given |= dict.fromkeys(("rounds", "cold_rounds", "mount_rounds", "hint_rounds"), options.rounds)
     plan = replace(plan, **given)
@@ -99,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--files", type=_positive, help="files that are read")
     add("--names", type=_positive, help="names of the large dataset")
     add("--found", type=_positive, help="names that find looks for, native files as many")
+    add("--kills", type=_positive, help="processes that are killed under readers")
     add("--rounds", type=_positive, help="turns of each contender")
     add("--folder", type=Path, help="a directory on the disk to measure [default: the one for temporary files]")
     add("--output", type=Path, default=RESULTS, help="where results.json goes [default: bench/results]")

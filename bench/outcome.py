@@ -78,6 +78,8 @@ class Goal:
         """PASS, or by how much it is missed."""
         if self.met:
             return "PASS"
+        if not self.bound:
+            return f"MISSED: {self.series.median:g} {self.series.unit}"
         short = abs(self.series.median / self.bound - 1)
         return f"MISSED by {short:.0%}"
 

@@ -10,7 +10,7 @@ class Plan:
     """files: read by the scenarios about images; cold_files: of these, at once and cold. names: of the large dataset.
     found: names that `find` looks for, each of them also a native file.
 
-    rounds: how often each contender has its turn.
+    rounds: how often each contender has its turn. kills: of processes, one in 60 ms.
     """
 
     files: int = 4000
@@ -20,6 +20,9 @@ class Plan:
     cold_rounds: int = 5
     mount_rounds: int = 5
     hint_rounds: int = 3
+    kills: int = 1000
 
 
-QUICK = Plan(files=1000, names=100_000, found=20_000, rounds=5, cold_rounds=3, mount_rounds=3, hint_rounds=1)
+QUICK = Plan(
+    files=1000, names=100_000, found=20_000, rounds=5, cold_rounds=3, mount_rounds=3, hint_rounds=1, kills=100
+)

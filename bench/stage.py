@@ -17,7 +17,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -177,11 +177,13 @@ class Stage:
             stop_fetcher(home)
 
     @contextmanager
-    def mounted(self, url: str, home: Path, port: int | None = None) -> Iterator[Mounted]:
-        """`cachefs mount URL`, by the real command. port: of a throttle before the server."""
+    def mounted(
+        self, url: str, home: Path, port: int | None = None, *, options: Sequence[str] = ()
+    ) -> Iterator[Mounted]:
+        """`cachefs mount URL`, by the real command. port: of a throttle before the server. options: further ones."""
         point = Path(tempfile.mkdtemp(prefix="mount-", dir=self.folder))
         try:
-            told = json.loads(self.command(*self.mount_command(url, point, home), port=port))
+            told = json.loads(self.command(*self.mount_command(url, point, home), *options, port=port))
             workers = [int(pid) for pid in _children(told["pid"])]
             yield Mounted(point, home, told["pid"], workers)
         finally:

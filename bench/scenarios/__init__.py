@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from bench.outcome import Outcome
 from bench.plan import Plan
-from bench.scenarios import cold, hints, hit, hot, latency, million, names, pages
+from bench.scenarios import cold, hints, hit, hot, latency, million, names, pages, storm
 from bench.stage import Stage
 
 
@@ -31,4 +31,5 @@ SCENARIOS = {
     "hints": Scenario(hints.QUESTION, hints.measure, lambda plan: 2 * plan.hint_rounds),
     "pages": Scenario(pages.QUESTION, pages.measure, lambda _: 1),
     "million": Scenario(million.QUESTION, million.measure, lambda _: 0),
+    "storm": Scenario(storm.QUESTION, storm.measure, lambda _: 1),
 }

@@ -17,7 +17,6 @@ import gc
 import logging
 import os
 import selectors
-import signal
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -25,7 +24,7 @@ from pathlib import Path
 
 from cachefs.client import AsyncConnection
 from cachefs.errors import MountError
-from cachefs_sidecar import mounts, registry, rescue, standin
+from cachefs_sidecar import interrupts, mounts, registry, rescue, standin
 from cachefs_sidecar.connection import Connection
 from cachefs_sidecar.crew import Crew
 from cachefs_sidecar.desk import Desk, Over
@@ -95,7 +94,7 @@ class Keeper:
     def rehearse(self) -> list[int]:
         """Connect and have the workers ready to begin; their pids. Raises MountError, CatalogError."""
         with self._closers as closers:
-            self._take_signals(closers)
+            interrupts.take(self._selector, closers, self._leave)
             connection = self._connection = self._connect()
             closers.callback(os.close, connection.fd)
             self._ours = connection.mounted
@@ -186,11 +185,8 @@ class Keeper:
         )
 
     def _let_go(self) -> None:
-        """In a forked worker: signals as they come, and nothing of the keeper's."""
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        # In the foreground Ctrl-C reaches every process; the keeper unmounts, and that ends the workers.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        """In a forked worker: nothing of the keeper's."""
+        interrupts.let_go()
         self._selector.close()
         self._desk.let_go()
         if self._lifeline >= 0:
@@ -248,25 +244,8 @@ class Keeper:
         times = [self._crew.timeout(), self._succession.timeout() if self._succession is not None else None]
         return min((seconds for seconds in times if seconds is not None), default=None)
 
-    def _take_signals(self, closers: contextlib.ExitStack) -> None:
-        """From here on SIGTERM and Ctrl-C wait for the loop: to die of one would leave a dead mount behind."""
-        wake, wakened = socket.socketpair()
-        for end in (wake, wakened):
-            end.setblocking(False)
-            closers.enter_context(end)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            closers.callback(signal.signal, number, signal.signal(number, lambda *_: None))
-        signal.set_wakeup_fd(wakened.fileno(), warn_on_full_buffer=False)
-        closers.callback(signal.set_wakeup_fd, -1)
-        self._selector.register(wake, selectors.EVENT_READ, lambda: self._signalled(wake))
-
-    def _signalled(self, wake: socket.socket) -> None:
-        for number in wake.recv(64):
-            if number in (signal.SIGTERM, signal.SIGINT):
-                self._signals += 1
-                self._leave()
-
     def _leave(self) -> None:
+        self._signals += 1
         if self._signals > 1:
             log.warning("%s: ends at once; files that are open fail", self._mountpoint)
             self._status = 1

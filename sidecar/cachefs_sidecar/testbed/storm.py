@@ -18,12 +18,11 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from cachefs_sidecar import registry
 from cachefs_sidecar.testbed.fetchers import fetcher_pid
 
 # Of a file above this only a part is read at a time.
@@ -34,6 +33,9 @@ PAGE = 4096
 
 # A reader that is told to end and does not in this time hangs in a read.
 END_SECONDS = 150.0
+
+# A worker that was killed comes again within milliseconds; a fetcher when a read needs one.
+COME_SECONDS = 30.0
 
 _dice = random.Random()  # noqa: S311 - chance, not secrets
 
@@ -106,25 +108,39 @@ class Readers:
 
 
 class Killer:
-    """Kills workers and fetchers of one mount, and counts."""
+    """Kills workers and fetchers of one mount, and counts. keeper: its pid, which changes. home: of its cache."""
 
-    def __init__(self, mountpoint: Path) -> None:
-        self._mountpoint = mountpoint
+    def __init__(self, keeper: Callable[[], int], home: Path) -> None:
+        self._keeper = keeper
+        self._home = home
         self.killed: Counter[str] = Counter()
 
     def worker(self) -> bool:
         """Kill one by chance; False when there is none."""
-        info = registry.load(self._mountpoint)
-        assert info is not None
-        children = Path(f"/proc/{info.pid}/task/{info.pid}/children").read_text().split()
+        keeper = self._keeper()
+        children = Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()
         return bool(children) and self._kill("worker", int(_dice.choice(children)))
 
     def fetcher(self) -> bool:
         """Kill it; False when there is none."""
-        info = registry.load(self._mountpoint)
-        assert info is not None
-        pid = fetcher_pid(Path(info.home))
+        pid = fetcher_pid(self._home)
         return pid is not None and self._kill("fetcher", pid)
+
+    def storm(self, count: int, seconds: float) -> float:
+        """Kill so many, workers and fetchers in turn, within about `seconds`; the seconds that it took.
+
+        A fetcher takes an eighth of a second to start, and its turn waits for it. Raises RuntimeError when none comes.
+        """
+        began = time.monotonic()
+        for number in range(count):
+            kill = self.fetcher if number % 2 else self.worker
+            due = time.monotonic() + COME_SECONDS
+            while not kill():
+                if time.monotonic() > due:
+                    raise RuntimeError("whoever was killed does not come again")
+                time.sleep(0.002)
+            time.sleep(_dice.uniform(0, 2 * seconds / count))
+        return time.monotonic() - began
 
     def _kill(self, what: str, pid: int) -> bool:
         with contextlib.suppress(ProcessLookupError):
