@@ -287,6 +287,17 @@ def test_evict_of_what_is_not_cached_says_what_is(cachefs: CommandLine, photos: 
     outcome.failed(2, "knows no such dataset", photos.name, "endpoint")
 
 
+def test_stop_ends_a_fetcher_of_another_version(
+    cachefs: CommandLine, tree: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cachefs("warm", tree).ok()
+    pid = fetcher_pid(cache_dir)
+    assert pid is not None
+    monkeypatch.setattr("cachefs.client.session.PROTOCOL", 999)
+    assert f"fetcher {pid} has ended" in cachefs("stop").ok().out
+    assert fetcher_pid(cache_dir) is None
+
+
 def test_stop_ends_the_fetcher_and_says_when_there_is_none(cachefs: CommandLine, tree: Path, cache_dir: Path) -> None:
     assert "no fetcher is running" in cachefs("stop").ok().out
     cachefs("warm", tree).ok()
