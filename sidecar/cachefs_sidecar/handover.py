@@ -124,15 +124,23 @@ def say_failed(sock: socket.socket, error: BaseException) -> None:
 
 
 def hear(sock: socket.socket) -> dict[str, Any]:
-    """{} when the other end is gone."""
+    """{} when the other end is gone; {"op": ""} for what is no word."""
     try:
         packet = sock.recv(MAX_PACKET)
     except ConnectionError:
         packet = b""
-    word: dict[str, Any] = json.loads(packet) if packet else {}
-    return word
+    if not packet:
+        return {}
+    try:
+        word = json.loads(packet)
+    except ValueError:
+        word = None
+    return word if isinstance(word, dict) and "op" in word else {"op": ""}
 
 
 def error_in(word: Mapping[str, Any]) -> str:
-    name, message, path = word["error"]
-    return from_wire((name, message, path)).message
+    try:
+        name, message, path = word["error"]
+        return from_wire((name, message, path)).message
+    except (KeyError, TypeError, ValueError):
+        return "it failed"

@@ -14,6 +14,7 @@ import select
 import selectors
 import signal
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,6 +100,8 @@ def restart(info: MountInfo, installation: Installation) -> int:
         ) from error
     (fd,), _ = branches(held[0], 1)
     devices, shared = branches(fd, info.workers)
+    if not info.log:
+        info = replace(info, log="wherever it can be written")  # its terminal is lost, and ours is not its
     outcome: list[tuple[int, str]] = []
     selector = selectors.DefaultSelector()
     succession = Succession(
@@ -111,7 +114,8 @@ def restart(info: MountInfo, installation: Installation) -> int:
     )
     while not outcome:
         for key, _ in selector.select(succession.timeout()):
-            key.data()
+            if not outcome:  # else an event before has ended what this one is about
+                key.data()
         if not outcome:
             succession.look_at_clock()
     pid, why = outcome[0]

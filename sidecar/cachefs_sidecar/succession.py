@@ -72,6 +72,7 @@ class Succession:
         self._over = over
         self._finish_seconds = finish_seconds
         self._workers: list[int] = []
+        self._expected = "ready"
         self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             fd = theirs.fileno()
@@ -82,10 +83,17 @@ class Succession:
                 for device in estate.devices:
                     os.close(device)
                 raise
+        self._pidfd = os.pidfd_open(self._process.pid)
         self._deadline = time.monotonic() + READY_SECONDS
         self._selector.register(self._sock, selectors.EVENT_READ, self._heard)
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has ended, and the socket says so
+        self._selector.register(self._pidfd, selectors.EVENT_READ, self._process_ended)
+        try:
             estate.send(self._sock)
+        except ConnectionError:
+            pass  # it has ended, and the socket says so
+        except OSError as error:
+            self.cancel()
+            raise MountError(f"the mount cannot be handed over ({error.strerror})") from error
 
     @property
     def pid(self) -> int:
@@ -99,25 +107,30 @@ class Succession:
             self.fail("it does not answer")
 
     def _heard(self) -> None:
-        try:
-            word = handover.hear(self._sock)
-        except ValueError:
-            word = {"op": "nonsense"}
+        word = handover.hear(self._sock)
         match word.get("op"):
-            case "ready":
-                self._ready(word["workers"])
+            case None:
+                self.fail(self._ended())
             case "failed":
                 self.fail(handover.error_in(word))
+            case op if op != self._expected:
+                self.fail("it does not keep to the protocol")
+            case "ready":
+                self._expected = "serving"
+                self._ready([pid for pid in word.get("workers", ()) if isinstance(pid, int)])
             case "serving":
+                self._expected = "done"
                 self._deadline = time.monotonic() + self._finish_seconds + STEP_SECONDS
                 self._incumbent.finish(self._finish_seconds, self._finished)
             case "done":
                 self._end()
                 self._over(self.pid, "")
-            case None:
-                self.fail(self._ended())
-            case _:
-                self.fail("it does not keep to the protocol")
+
+    def _process_ended(self) -> None:
+        if select.select([self._sock], [], [], 0)[0]:
+            self._heard()  # what it said last comes first
+        else:
+            self.fail(self._ended())
 
     def _ready(self, workers: Sequence[int]) -> None:
         # They live as long as their keeper does or wait for its first word, so these are no strangers.
@@ -136,7 +149,7 @@ class Succession:
             handover.say(self._sock, op, **more)
 
     def _ended(self) -> str:
-        """How the heir, whose socket is closed, has ended."""
+        """How the heir has ended."""
         try:
             status = self._process.wait(timeout=0.5)
         except subprocess.TimeoutExpired:
@@ -162,7 +175,8 @@ class Succession:
         self._end()
 
     def _end(self) -> None:
-        self._selector.unregister(self._sock)
+        for watched in (self._sock, self._pidfd):
+            self._selector.unregister(watched)
         self._sock.close()
-        for fd in (*self._workers, *self._estate.devices):
+        for fd in (self._pidfd, *self._workers, *self._estate.devices):
             os.close(fd)

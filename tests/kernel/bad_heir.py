@@ -1,7 +1,8 @@
 """An installation to restart to that is not as it should be: something happens at one point of the hand-over.
 
 `installation(folder, what, when)` makes one. what: "die" (the heir is killed), "hang" (it is stopped), "orphan" (the
-keeper is killed), "future" (it wants another format). when: the word before which it happens, or "start".
+keeper is killed), "future" (it wants another format), "babble" (it says what is no word). when: the word before which
+it happens, or "start".
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ def main() -> None:
             os.kill(os.getppid(), signal.SIGKILL)
         elif what == "future":
             handover.FORMAT += 1
+        elif what == "babble":
+            os.write(link, b"[1")
         else:
             os.kill(os.getpid(), signal.SIGKILL if what == "die" else signal.SIGSTOP)
 

@@ -280,6 +280,15 @@ def hasty(data: Dataset) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("when", ["start", "serving"])
+def test_an_heir_that_babbles_is_ended(data: Dataset, when: str) -> None:
+    info = start_mount(data.settings(workers=1))
+    with pytest.raises(MountError, match="does not keep to the protocol"):
+        restart_mount(info, installation(data.folder, "babble", when))
+    assert info.alive
+    read_all(data)
+
+
 def test_another_format_is_refused(data: Dataset) -> None:
     info = start_mount(data.settings(workers=1))
     with pytest.raises(MountError, match="hands over in format 1, and this version of cachefs takes 2"):
