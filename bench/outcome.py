@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, Self
 
 
 class WrongBytes(Exception):
@@ -55,6 +55,10 @@ class Series:
             "rounds": self.values,
         }
 
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> Self:
+        return cls(saved["name"], saved["unit"], list(saved["rounds"]))
+
 
 @dataclass(frozen=True)
 class Goal:
@@ -86,6 +90,11 @@ class Goal:
     def as_dict(self) -> dict[str, Any]:
         return {"figure": self.series.as_dict(), "goal": self.text, "met": self.met, "verdict": self.verdict}
 
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> Self:
+        how, bound, _ = saved["goal"].split(" ", 2)
+        return cls(Series.from_dict(saved["figure"]), float(bound), at_least=how == ">=")
+
 
 @dataclass
 class Outcome:
@@ -109,6 +118,12 @@ class Outcome:
             "wrong": self.wrong,
             "checked": self.checked,
         }
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> Self:
+        series = [Series.from_dict(each) for each in saved["series"]]
+        goals = [Goal.from_dict(each) for each in saved["goals"]]
+        return cls(**{**saved, "series": series, "goals": goals})
 
 
 def in_turns(

@@ -11,6 +11,11 @@ class Plan:
     found: names that `find` looks for, each of them also a native file.
 
     rounds: how often each contender has its turn. kills: of processes, one in 60 ms.
+
+    Of the comparisons with other contenders: photographs: files that are read; shard_mib: size of one of the large
+    files; ranges: read of them at random; listed_names: that are looked for; overfull_mib: size of the dataset that
+    is twice the cache; loader_workers: numbers of DataLoader workers; accelerators: numbers of them, each with
+    loader_threads workers; ..._rounds: turns of each; contenders: who takes part, empty = all.
     """
 
     files: int = 4000
@@ -22,7 +27,43 @@ class Plan:
     hint_rounds: int = 3
     kills: int = 1000
 
+    contenders: tuple[str, ...] = ()
+    photographs: int = 240
+    comparison_rounds: int = 3
+    loader_workers: tuple[int, ...] = (1, 2, 4, 8)
+    loader_rounds: int = 2
+    overfull_mib: int = 256
+    shard_mib: int = 48
+    ranges: int = 160
+    shard_rounds: int = 2
+    listed_names: int = 20_000
+    name_rounds: int = 2
+    workloads: tuple[str, ...] = ("resnet50", "cosmoflow", "unet3d")
+    accelerators: tuple[int, ...] = (1, 2, 4, 8)
+    loader_threads: int = 2
+    accelerator_rounds: int = 1
+
 
 QUICK = Plan(
-    files=1000, names=100_000, found=20_000, rounds=5, cold_rounds=3, mount_rounds=3, hint_rounds=1, kills=100
+    files=1000,
+    names=100_000,
+    found=20_000,
+    rounds=5,
+    cold_rounds=3,
+    mount_rounds=3,
+    hint_rounds=1,
+    kills=100,
+    contenders=("native", "mount", "passthrough", "url", "simplecache", "rclone", "obstore", "webdataset"),
+    photographs=176,
+    comparison_rounds=1,
+    loader_workers=(2,),
+    loader_rounds=1,
+    overfull_mib=144,
+    shard_mib=16,
+    ranges=40,
+    shard_rounds=1,
+    listed_names=2000,
+    name_rounds=1,
+    workloads=("resnet50",),
+    accelerators=(1, 4),
 )

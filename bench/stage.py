@@ -238,7 +238,9 @@ def stage(parent: Path | None, needed: int, step: Callable[[str], None]) -> Iter
             yield Stage(folder, stack, step)
     finally:
         unmount_below(folder)
-        shutil.rmtree(folder)
+        while folder.exists():
+            with contextlib.suppress(FileNotFoundError):  # a daemon that ends still removes what it kept there
+                shutil.rmtree(folder)
 
 
 @contextmanager

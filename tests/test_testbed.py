@@ -183,6 +183,19 @@ def test_bandwidth_per_connection_and_in_total(throttled):
     assert 1.2 <= asyncio.run(seconds_for_three_at_once()) < 2.2
 
 
+def test_ranges_are_answered_as_s3_answers_them_when_asked_to(throttled):
+    path = throttled.put("a.bin", bytes(range(100)))
+    name, _, key = path.partition("/")
+    for mend, status in ((False, 200), (True, 206)):  # 200 is what rclone says
+        throttled.throttle.set(mend_ranges=mend)
+        answer = client(throttled.options).get_object(Bucket=name, Key=key, Range="bytes=10-19")
+        assert answer["ResponseMetadata"]["HTTPStatusCode"] == status
+        assert answer["Body"].read() == bytes(range(10, 20))
+        whole = client(throttled.options).get_object(Bucket=name, Key=key)
+        assert whole["ResponseMetadata"]["HTTPStatusCode"] == 200
+        assert whole["Body"].read() == bytes(range(100))
+
+
 def test_a_client_that_reads_slowly_holds_the_server_back(throttled):
     throttled.put("big.bin", bytes(32 << 20))
     body = client(throttled.options).get_object(Bucket=throttled.name, Key="big.bin")["Body"]

@@ -28,7 +28,7 @@ TICK = 0.001
 class Request:
     """What the head of a request says: method, object path ("" for a bucket), and how long its body is."""
 
-    __slots__ = ("chunked", "length", "method", "path")
+    __slots__ = ("chunked", "length", "method", "path", "ranged")
 
     def __init__(self, head: bytes) -> None:
         """Raises ValueError for what is not HTTP."""
@@ -38,6 +38,7 @@ class Request:
         self.path = unquote_to_bytes(bucket + slash + key).decode(errors="surrogateescape") if key else ""
         self.length = 0
         self.chunked = False
+        self.ranged = b"\r\nrange:" in head.lower()
         if method in (b"GET", b"HEAD"):  # neither has a body in S3, and they are nearly all there is
             return
         for line in head.split(b"\r\n")[1:]:
@@ -77,6 +78,7 @@ class Exchange(asyncio.Protocol):
         self.release: asyncio.TimerHandle | None = None
         self.client_is_full = False
         self.closing = False
+        self.unmended = False  # the answer to a ranged request is still to come, and to be mended
         # The response as far as a fault that changes it has seen it:
         self.answer_head: bytes | None = None
         self.answer_body = 0
@@ -124,6 +126,7 @@ class Exchange(asyncio.Protocol):
     def _asked(self, request: Request, head: bytes) -> None:
         self.body_left, self.body_chunked = request.length, request.chunked
         self.proxy.traffic.count(request.kind, request.path if request.method == "GET" else "")
+        self.unmended = self.proxy.mend_ranges and request.ranged
         self.fault = self.proxy.fault_for(request.path)
         self.answer_head, self.answer_body = b"", 0
         delay = self.proxy.latency + (self.fault.amount if self.fault and self.fault.kind == "delay" else 0)
@@ -171,6 +174,10 @@ class Exchange(asyncio.Protocol):
     def answered(self, data: bytes) -> None:
         if self.closing:
             return
+        if self.unmended:  # the head comes in one piece
+            self.unmended = False
+            if b"\r\ncontent-range:" in data[:LARGEST_HEAD].lower():
+                data = data.replace(b"HTTP/1.1 200 OK", b"HTTP/1.1 206 Partial Content", 1)
         if self.fault is None or self.fault.kind not in ("flip", "cut"):
             self._queue(data)
             return

@@ -55,6 +55,7 @@ class Proxy:
         self.latency = 0.0
         self.bandwidth_per_connection: float | None = None
         self.total_bandwidth: float | None = None
+        self.mend_ranges = False
         self.free_at = 0.0
         self.traffic = Counts()
         self.faults: list[Fault] = []
@@ -103,6 +104,7 @@ class Proxy:
                 self.latency = order["latency"]
                 self.bandwidth_per_connection = order["bandwidth_per_connection"]
                 self.total_bandwidth = order["total_bandwidth"]
+                self.mend_ranges = order["mend_ranges"]
             case "traffic":
                 return asdict(self.traffic)
             case "reset":

@@ -57,7 +57,8 @@ class Throttle:
     """A slow line to the S3 server on `upstream_port`: a reverse proxy in a process of its own.
 
     latency: seconds added to each request. Bandwidths: bytes per second towards the client, None = unlimited.
-    Methods may be called from several threads.
+    mend_ranges: answers to ranged requests get the status that S3 gives them, 206; rclone says 200, at which some
+    clients give up. Methods may be called from several threads.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Throttle:
         latency: float = DISTANT,
         bandwidth_per_connection: float | None = None,
         total_bandwidth: float | None = None,
+        mend_ranges: bool = False,
     ) -> None:
         self.upstream_port = upstream_port
         self.port = 0
@@ -74,6 +76,7 @@ class Throttle:
             "latency": latency,
             "bandwidth_per_connection": bandwidth_per_connection,
             "total_bandwidth": total_bandwidth,
+            "mend_ranges": mend_ranges,
         }
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
