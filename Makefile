@@ -49,12 +49,13 @@ clean:
 
 # --- the machine -------------------------------------------------------------------------------------------
 
-# Programs of Debian packages that pip cannot bring: mounting without root, and a test's independent reader.
+# Programs of Debian packages that pip cannot bring: mounting without root, and tests' independent readers.
 # Their absence stops nothing: the demonstration leaves the mount out, tests are skipped, each saying why.
 system:
 	@missing=""; \
 	command -v fusermount3 >/dev/null || missing="$$missing fuse3"; \
 	command -v rsync >/dev/null || missing="$$missing rsync"; \
+	command -v fio >/dev/null || missing="$$missing fio"; \
 	test -z "$$missing" || $(call apt_install,$$missing) || \
 	  echo "cachefs: without the Debian packages$$missing some parts are left out; to have them: sudo apt-get install$$missing" >&2
 

@@ -48,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in ("files", "names", "found", "kills")
         if getattr(options, name) is not None
     }
+    if options.shard is not None:
+        given["shard"] = options.shard << 20
     if options.rounds is not None:
         given |= {name: options.rounds for name in vars(plan) if name.endswith("rounds")}
     plan = replace(plan, **given)
@@ -98,7 +100,9 @@ def _run(
         outcomes: dict[str, Outcome] = {}
         if scenarios:
             needed = plan.files * LARGEST * (1 + sum(SCENARIOS[name].caches(plan) for name in scenarios))
-            with stage(options.folder, needed + (plan.names + 4 * plan.found) * BYTES_PER_NAME, step) as whole:
+            with stage(
+                options.folder, needed + (plan.names + 4 * plan.found) * BYTES_PER_NAME + 2 * plan.shard, step
+            ) as whole:
                 environment = machine.environment(whole.folder)
                 whole.make_files(plan.files)
                 for name in scenarios:
@@ -159,6 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--names", type=_positive, help="names of the large dataset")
     add("--found", type=_positive, help="names that find looks for, native files as many")
     add("--kills", type=_positive, help="processes that are killed under readers")
+    add("--shard", type=_positive, help="MiB of the large object")
     add("--rounds", type=_positive, help="turns of each contender")
     add("--folder", type=Path, help="a directory on the disk to measure [default: the one for temporary files]")
     add("--output", type=Path, default=RESULTS, help="where the report and its data go [default: bench/results]")

@@ -11,6 +11,7 @@ class Plan:
     found: names that `find` looks for, each of them also a native file.
 
     rounds: how often each contender has its turn. kills: of processes, one in 60 ms.
+    shard: bytes of the large object, whole MiB.
 
     Of the comparisons with other contenders: photographs: files that are read; shard_mib: size of one of the large
     files; ranges: read of them at random; listed_names: that are looked for; overfull_mib: size of the dataset that
@@ -21,6 +22,7 @@ class Plan:
     files: int = 4000
     names: int = 1_000_000
     found: int = 200_000
+    shard: int = 1 << 30
     rounds: int = 9
     cold_rounds: int = 5
     mount_rounds: int = 5
@@ -48,6 +50,7 @@ QUICK = Plan(
     files=1000,
     names=100_000,
     found=20_000,
+    shard=128 << 20,
     rounds=5,
     cold_rounds=3,
     mount_rounds=3,

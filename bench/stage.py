@@ -32,10 +32,18 @@ from cachefs_sidecar.testbed.server import s3_options
 BUCKET = "photographs"
 ROOT = f"{BUCKET}/train"
 
+# One large object, in a bucket of its own.
+SHARDS, SHARD = "shards", "shard.bin"
+
+# In which it is made and read from one end to the other, and what a reader of single records reads, in bytes.
+STRETCH, RECORD = 1 << 20, 4096
+
 # Bytes of a file, as ImageNet's are (mean 110 KB).
 SMALLEST, LARGEST = 60_000, 160_000
 
 FILES_PER_FOLDER = 1000
+
+RECORDS_IN_STRETCH = 4
 
 # ext4 does not give an inode away for some minutes after it was deleted and looks at each such inode of a block group
 # whenever it makes a file there, which costs four times the making. The caches of one round and those of the next must
@@ -56,16 +64,22 @@ class Unusable(Exception):
 
 @dataclass(frozen=True)
 class Mounted:
-    """A live mount. pids: the keeper's and its workers'; the fetcher's is asked for when it matters."""
+    """A live mount. pids: the keeper's and its workers'; the fetcher's is asked for when it matters. io: its mode."""
 
     point: Path
     home: Path
     keeper: int
     workers: list[int]
+    io: str
 
     @property
     def fetcher(self) -> int | None:
         return fetcher_pid(self.home)
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Of the keeper and the workers so far."""
+        return sum(map(machine.cpu_seconds, (self.keeper, *self.workers)))
 
 
 @dataclass(frozen=True)
@@ -122,10 +136,38 @@ class Stage:
         self.manifest.write_text(json.dumps(keys))
         os.sync()  # the disk is not still busy with them when the first clock starts
 
+    def make_shard(self, size: int) -> tuple[Path, Path]:
+        """A large object of bytes that do not compress, the same in every run. Two manifests of it, which name pieces
+        by where they begin: of all its stretches, and of some thousand records."""
+        dice = random.Random(size)
+        file = self.storage / SHARDS / SHARD
+        file.parent.mkdir(parents=True, exist_ok=True)
+        stretches: dict[str, str] = {}
+        records: dict[str, str] = {}
+        with file.open("wb") as out:
+            for start in range(0, size, STRETCH):
+                data = dice.randbytes(min(STRETCH, size - start))
+                out.write(data)
+                stretches[str(start)] = content_key(data).hex()
+                for at in sorted(dice.sample(range(0, len(data), RECORD), RECORDS_IN_STRETCH)):
+                    records[str(start + at)] = content_key(data[at : at + RECORD]).hex()
+        os.sync()
+        manifests = self.folder / "stretches.json", self.folder / "records.json"
+        for manifest, keys in zip(manifests, (stretches, records), strict=True):
+            manifest.write_text(json.dumps(keys))
+        return manifests
+
     def forget_pages(self) -> None:
         """Take the files out of the page cache: who reads them next, reads them from the disk."""
         for file in self._files():
             forget_pages(file)
+
+    def forget_below(self, *folders: Path) -> None:
+        """The same for everything below some folders, of a cache or of a mount."""
+        for folder in folders:
+            for at, _, names in os.walk(folder):
+                for name in names:
+                    forget_pages(Path(at, name))
 
     def write_again(self) -> None:
         """The same files with the same bytes and times, just written."""
@@ -178,14 +220,16 @@ class Stage:
 
     @contextmanager
     def mounted(
-        self, url: str, home: Path, port: int | None = None, *, options: Sequence[str] = ()
+        self, url: str, home: Path, port: int | None = None, *, io: str = "auto", options: Sequence[str] = ()
     ) -> Iterator[Mounted]:
-        """`cachefs mount URL`, by the real command. port: of a throttle before the server. options: further ones."""
+        """`cachefs mount URL`, by the real command. port: of a throttle before the server. io: the mode asked
+        for. options: further ones.
+        """
         point = Path(tempfile.mkdtemp(prefix="mount-", dir=self.folder))
         try:
-            told = json.loads(self.command(*self.mount_command(url, point, home), *options, port=port))
+            told = json.loads(self.command(*self.mount_command(url, point, home), "--io", io, *options, port=port))
             workers = [int(pid) for pid in _children(told["pid"])]
-            yield Mounted(point, home, told["pid"], workers)
+            yield Mounted(point, home, told["pid"], workers, told["io"])
         finally:
             if point.is_mount():
                 self.command("umount", str(point), port=port)

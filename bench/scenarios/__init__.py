@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from bench.outcome import Outcome
 from bench.plan import Plan
-from bench.scenarios import cold, hints, hit, hot, latency, million, names, pages, storm
+from bench.scenarios import cold, dropped, hints, hit, hot, latency, million, names, pages, shard, storm
 from bench.stage import Stage
 
 
@@ -25,6 +25,8 @@ class Scenario(NamedTuple):
 SCENARIOS = {
     "hot": Scenario(hot.QUESTION, hot.measure, lambda _: 1),
     "latency": Scenario(latency.QUESTION, latency.measure, lambda _: 1),
+    "dropped": Scenario(dropped.QUESTION, dropped.measure, lambda _: 1),
+    "shard": Scenario(shard.QUESTION, shard.measure, lambda _: 0),
     "hit": Scenario(hit.QUESTION, hit.measure, lambda _: 1),
     "cold": Scenario(cold.QUESTION, cold.measure, lambda plan: 2 * plan.cold_rounds),
     "names": Scenario(names.QUESTION, names.measure, lambda _: 0),

@@ -21,7 +21,8 @@ class Mounts(Protocol):
         ...
 
     def details(self, mount: Mount) -> dict[str, Any]:
-        """How it is: "workers" (a list of pid, restarts, answers), "counts" (name -> number), "catalog"."""
+        """How it is: "workers" (a list of pid, restarts, answers), "counts" (name -> number), "catalog", "io" (mode)
+        and "io_why"."""
         ...
 
     def refresh(self, mount: Mount, catalog: Path) -> int:

@@ -253,6 +253,8 @@ def _mount_lines(found: Sequence[dict[str, Any]]) -> list[str]:
             state += f", {silent:,} of them busy or stuck"
         if not m["problem"] and (restarts := sum(w["restarts"] for w in workers)):
             state += f", restarted {restarts:,} times"
+        if "io" in m:
+            state += f"; {m['io']} ({m['io_why']})"
         rows.append((printable(m["mountpoint"]), printable(m["origin"]), state))
     return ["mounts:", *table(rows)]
 

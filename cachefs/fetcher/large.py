@@ -60,6 +60,10 @@ class _Object:
     ahead: set[asyncio.Task[object]] = field(default_factory=set)
 
 
+class Moved(Exception):
+    """The object became whole, or was dropped, while it was asked for: to be looked for anew."""
+
+
 class LargeObjects:
     """Blocks of large objects. One per fetcher."""
 
@@ -80,9 +84,15 @@ class LargeObjects:
     ) -> Place:
         """Bytes [offset, offset+length) readable: the whole blob, a block in transit, or a part.
 
-        alive(bytes so far, of how many) is called as the blocks of a whole object come in.
+        alive(bytes so far, of how many) is called as the blocks of a whole object come in. Raises Moved.
         """
         name = part_name(attachment.identity, entry.path, entry.version)
+        if name not in self._open and not request.damaged:
+            # Whoever asked may have heard that it is not stored just before its last block was. A second beginning
+            # would fetch it all again.
+            known = self._room.index.known(attachment.identity, entry.path, entry.version)
+            if known is not None and known.key and self._room.store.has(known.key):
+                raise Moved
         subject = self._subject(attachment, name, entry)
         if request.length is None:
             return await self._whole(attachment, request, subject, name, priority, alive)
@@ -90,8 +100,10 @@ class LargeObjects:
             return str(subject.part.path), 0, 0, entry.size, entry.version  # opened, not read: nothing is fetched
         first = min(request.offset, entry.size - 1) // BLOCK_SIZE
         last = max(request.offset, min(entry.size, request.offset + request.length) - 1) // BLOCK_SIZE
-        # Asked for again within a block is no sign of going on: random readers do that too.
-        sequential = first - 1 in subject.recent
+        # Asked for again within a block is no sign of going on, and neither is the next block: random readers do that
+        # too. Who goes on from one block to the next begins at its beginning, or comes across the border.
+        at_its_beginning = last > first or request.offset - first * BLOCK_SIZE <= request.length
+        sequential = at_its_beginning and first - 1 in subject.recent
         subject.recent.append(last)
         passing = await self._blocks(attachment, subject, name, range(first, last + 1), FOREGROUND)
         if sequential:
@@ -101,6 +113,8 @@ class LargeObjects:
                 return passing
             last = passing.start // BLOCK_SIZE - 1  # what comes before is stored; the reader asks again from there on
         assert subject.part is not None
+        if subject.part.closed:
+            raise Moved
         if subject.part.complete and (stored := await self._finish(attachment, request, subject, name)):
             return stored
         start, stop = subject.part.run(*_span(first, last, entry.size))
@@ -173,7 +187,12 @@ class LargeObjects:
 
     async def _present(self, subject: _Object, block: int) -> bool:
         part = subject.part
-        return part is not None and part.present(block) and await asyncio.to_thread(part.checked, block)
+        try:
+            return part is not None and part.present(block) and await asyncio.to_thread(part.checked, block)
+        except CacheError:
+            if part is not None and part.closed:
+                raise Moved from None
+            raise
 
     async def _block(self, attachment: Attachment, subject: _Object, block: int, priority: int) -> Transit | None:
         entry = subject.entry

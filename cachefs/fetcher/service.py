@@ -8,6 +8,7 @@ is told to, or when it has been idle: no connection and no work for `config.idle
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -18,11 +19,11 @@ import msgspec
 
 from cachefs import memory
 from cachefs.catalog import staging
-from cachefs.errors import CacheFSError, FetcherError, ObjectNotFound, PlanError, StaleObject, to_wire
+from cachefs.errors import CacheError, CacheFSError, FetcherError, ObjectNotFound, PlanError, StaleObject, to_wire
 from cachefs.fetcher.attachments import Attachment
 from cachefs.fetcher.jobs import Jobs
 from cachefs.fetcher.lanes import FOREGROUND
-from cachefs.fetcher.large import Alive, LargeObjects, Place, silent
+from cachefs.fetcher.large import Alive, LargeObjects, Moved, Place, silent
 from cachefs.fetcher.objects import Objects, Room, Stored
 from cachefs.fetcher.prefetch import Listening, Prefetcher
 from cachefs.fetcher.settings import leave_count, remember_size, take_count
@@ -62,6 +63,9 @@ from cachefs.messages import (
 from cachefs.packets import peer_pid, peer_uid, receive, send
 
 log = logging.getLogger("cachefs.fetcher")
+
+# How often an object may become whole, or go, while it is looked for. Once is rare.
+MOST_MOVES = 10
 
 # How often pending index records are written: what a kill -9 may lose, in seconds of fetching.
 FLUSH_SECONDS = 0.5
@@ -158,10 +162,13 @@ class Service:
         if request.size < 0 <= size:
             request = msgspec.structs.replace(request, size=size)
         try:
-            result = await self.objects.whole(attachment, request, version, priority)
-            if not isinstance(result, Entry):
-                return result
-            return await self.large.need(attachment, request, result, priority, alive)
+            for _ in range(MOST_MOVES):
+                result = await self.objects.whole(attachment, request, version, priority)
+                if not isinstance(result, Entry):
+                    return result
+                with contextlib.suppress(Moved):
+                    return await self.large.need(attachment, request, result, priority, alive)
+            raise CacheError(f"{request.path}: comes and goes faster than it can be read", path=request.path)
         except ObjectNotFound as error:
             if not version:
                 raise

@@ -77,8 +77,9 @@ class Part:
 
         again: compare in any case (a reader complained). A block that does not match is not present any more.
         """
-        if self._map.fresh[block] and not again and self._sealed():
-            return True
+        with contextlib.suppress(OSError):  # closed meanwhile: said below
+            if self._map.fresh[block] and not again and self._sealed():
+                return True
         with self._working("checking a block"):
             self._require_seal()
             return self._check(block, again)

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,6 +43,15 @@ MountpointArgument = Annotated[
     str, typer.Argument(metavar="MOUNTPOINT", show_default=False, help="An empty directory.")
 ]
 
+
+class Io(StrEnum):
+    """What `--io` takes: the modes of fuse/modes.py."""
+
+    AUTO = "auto"
+    OPEN_FREE = "open-free"
+    PASSTHROUGH = "passthrough"
+
+
 # More would not answer faster on any machine; a larger number is a mistake.
 MOST_WORKERS = 64
 
@@ -72,6 +82,13 @@ def mount(
             help="Whether other users may read the mount. [default: only if root mounts]",
         ),
     ] = None,
+    io: Annotated[
+        Io,
+        typer.Option(
+            help="How bytes get to readers: open-free suits small files, passthrough large ones (Linux 6.9, root). "
+            "`cachefs status` tells which it is, and why.",
+        ),
+    ] = Io.AUTO,
     foreground: Annotated[
         bool, typer.Option("--foreground", "-f", help="Stay until the mount ends; Ctrl-C or SIGTERM unmounts.")
     ] = False,
@@ -120,6 +137,7 @@ def mount(
         workers=workers,
         allow_other=allow_other,
         notes={"protocol": bare.protocol, "options": dict(bare.options), "environ": dict(bare.environ)},
+        io=io.value,
     )
     _start(settings, summary, foreground=foreground, as_json=as_json)
 
@@ -181,6 +199,8 @@ def _start(settings: MountSettings, summary: Summary, *, foreground: bool, as_js
     from cachefs_sidecar.control import run_foreground, start_mount
 
     def usable(info: MountInfo) -> None:
+        if settings.io not in ("auto", info.io):
+            complain(f"{info.mountpoint}: {info.io}, not {settings.io}: {info.io_why}")
         if as_json:
             say_json(
                 {
@@ -194,6 +214,8 @@ def _start(settings: MountSettings, summary: Summary, *, foreground: bool, as_js
                     "pid": info.pid,
                     "workers": info.workers,
                     "log": info.log,
+                    "io": info.io,
+                    "io_why": info.io_why,
                 }
             )
         else:

@@ -14,11 +14,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from cachefs.catalog import Catalog
 from cachefs.errors import MountError
-from cachefs_sidecar import mounts
+from cachefs_sidecar import mounts, registry
 from cachefs_sidecar.device import branches
+from cachefs_sidecar.fuse import modes
 from cachefs_sidecar.fuse.abi import Init
-from cachefs_sidecar.fuse.negotiation import Agreement, negotiate
+from cachefs_sidecar.fuse.negotiation import Agreement
+from cachefs_sidecar.fuse.opens import Opens
 from cachefs_sidecar.handover import Estate
 from cachefs_sidecar.registry import MountInfo, MountSettings
 
@@ -31,6 +34,7 @@ class Connection:
 
     device: of the mount, as mountinfo writes it. catalogs: what is served, newest first. counts: of keepers before.
     mounted: by this process, which then must not leave it behind when it fails. started: in seconds since the epoch.
+    io: how bytes get to readers. opens: the table of open files where that is passthrough.
     """
 
     agreement: Agreement
@@ -40,6 +44,8 @@ class Connection:
     device: str
     catalogs: Sequence[Path]
     started: float
+    io: modes.Io
+    opens: Path | None
     mounted: bool = False
     counts: Mapping[str, int] = field(default_factory=dict)
 
@@ -50,9 +56,12 @@ def mount(settings: MountSettings, *, resend: bool = True) -> Connection:
     note = mounts.prepare(point)
     if note:
         log.warning("%s", note)
+    with contextlib.closing(Catalog.open(settings.catalog)) as catalog:
+        median_size = catalog.summary.median_size
     fd = mounts.mount(point, source=settings.origin, allow_other=settings.allow_other)
+    table = registry.opens_path(point, os.getpid())
     try:
-        agreement = negotiate(fd)
+        agreement, io = modes.arrange(fd, settings.io, median_size, settings.cache.dirs, table, resend=resend)
         if not resend:
             agreement = replace(agreement, flags=agreement.flags & ~Init.HAS_RESEND)
         if not mounts.raise_read_ahead(point):
@@ -65,9 +74,19 @@ def mount(settings: MountSettings, *, resend: bool = True) -> Connection:
         with contextlib.suppress(MountError):
             mounts.unmount(point, lazy=True)
         os.close(fd)
+        Opens.remove(table)
         raise
     return Connection(
-        agreement, fd, devices, shared, present.device, [settings.catalog], started=time.time(), mounted=True
+        agreement,
+        fd,
+        devices,
+        shared,
+        present.device,
+        [settings.catalog],
+        started=time.time(),
+        io=io,
+        opens=table if io.mode == modes.PASSTHROUGH else None,
+        mounted=True,
     )
 
 
@@ -91,5 +110,7 @@ def _passed_on(info: MountInfo, fd: int, devices: Sequence[int], shared: bool, c
         info.device,
         [Path(file) for file in info.catalogs],
         started=info.started,
+        io=modes.Io(info.io, info.io_why),
+        opens=Path(info.opens) if info.opens else None,
         counts=counts,
     )

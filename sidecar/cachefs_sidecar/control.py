@@ -21,6 +21,7 @@ from typing import Any
 
 from cachefs.errors import MountError, from_wire
 from cachefs_sidecar import mounts, registry, rescue
+from cachefs_sidecar.fuse.modes import OPEN_FREE
 from cachefs_sidecar.launching import Installation, launch, this_installation
 from cachefs_sidecar.registry import MountInfo, MountSettings, list_mounts
 
@@ -161,8 +162,12 @@ def _await_end(info: MountInfo, timeout: float) -> None:
 
 
 def mount_status(info: MountInfo) -> dict[str, Any]:
-    """How a mount is: its catalog, workers (pid, restarts, whether they answer) and their counts. Raises MountError."""
-    return _ask(info, {"op": "status"}, STATUS_SECONDS)
+    """How a mount is: its catalog, workers (pid, restarts, whether they answer), their counts, and how bytes get to
+    readers ("io", and why: "io_why"). Raises MountError."""
+    status = _ask(info, {"op": "status"}, STATUS_SECONDS)
+    refused = status.pop("refused", "")
+    io, why = (OPEN_FREE, f"no passthrough any more: {refused}") if refused else (info.io, info.io_why)
+    return status | {"io": io, "io_why": why}
 
 
 def refresh_mount(info: MountInfo, catalog: str | os.PathLike[str]) -> int:

@@ -158,8 +158,9 @@ class Desk:
             {"pid": place.pid, "restarts": place.restarts, "answers": place.number in answers}
             for place in self._crew.places
         ]
-        catalog = str(self.catalogs[0])
-        _reply(client, {"catalog": catalog, "pid": os.getpid(), "workers": workers, "counts": totals})
+        refused = next((answer["refused"] for answer in answers.values() if answer["refused"]), "")
+        report = {"catalog": str(self.catalogs[0]), "pid": os.getpid(), "workers": workers, "counts": totals}
+        _reply(client, report | {"refused": refused})
 
     def _totals(self, answers: Answers) -> dict[str, int]:
         totals = dict(self._counts)

@@ -30,6 +30,7 @@ from cachefs_sidecar.crew import Crew
 from cachefs_sidecar.desk import Desk, Over
 from cachefs_sidecar.device import branches
 from cachefs_sidecar.fuse import worker
+from cachefs_sidecar.fuse.opens import Opens
 from cachefs_sidecar.handover import Estate
 from cachefs_sidecar.launching import Installation
 from cachefs_sidecar.manager import Manager
@@ -80,6 +81,7 @@ class Keeper:
         self._signals = 0
         self._ours = False
         self._left = False
+        self._unmounted = False
         self._status = 0
 
     # --- the beginning ---
@@ -103,6 +105,7 @@ class Keeper:
             self._info = self._describe(connection)
             closers.callback(os.close, rescue.leave_settings(self._settings, connection.device))
             closers.callback(self._remove_record)
+            closers.callback(self._remove_table)
             self._desk = Desk(
                 Path(self._info.control),
                 connection.fd,
@@ -132,7 +135,13 @@ class Keeper:
         self._ours = True
         registry.save(self._info)
         standin.tell(self._lifeline, pid=os.getpid())
-        log.info("%s: serving %s, %d workers", self._mountpoint, self._settings.origin, self._info.workers)
+        log.info(
+            "%s: serving %s, %d workers, %s (%s)",
+            self._mountpoint,
+            self._settings.origin,
+            self._info.workers,
+            *self._connection.io,
+        )
         return self._info
 
     def entrust(self) -> None:
@@ -151,6 +160,7 @@ class Keeper:
             uid=os.getuid() if settings.uid is None else settings.uid,
             gid=os.getgid() if settings.gid is None else settings.gid,
             rooms=self._rooms,
+            opens=connection.opens,
         )
         return Crew(
             connection.fd,
@@ -182,6 +192,9 @@ class Keeper:
             catalogs=tuple(str(file) for file in connection.catalogs),
             minor=connection.agreement.minor,
             flags=connection.agreement.flags,
+            io=connection.io.mode,
+            io_why=connection.io.why,
+            opens=str(connection.opens or ""),
         )
 
     def _let_go(self) -> None:
@@ -226,12 +239,12 @@ class Keeper:
                     self._succession.look_at_clock()
             if self._crew.lost:
                 self._unmount_quietly()  # and the last descriptor that is closed here fails what still waits
-            unmounted, self._ours = self._ours, False
+            self._unmounted, self._ours = self._ours, False
             if self._succession is not None:
                 self._succession.cancel()
         if self.lost:
             return 1
-        if unmounted:
+        if self._unmounted:
             log.info("%s: unmounted", self._mountpoint)
             if self._manager is not None:
                 self._manager.forget(os.getpid())
@@ -274,6 +287,11 @@ class Keeper:
         if self._ours and mounts.is_device(self._mountpoint, self._connection.device):
             with contextlib.suppress(MountError):
                 mounts.unmount(self._mountpoint, lazy=True)
+
+    def _remove_table(self) -> None:
+        """Of open files: an heir, or whoever goes on, needs it."""
+        if self._connection.opens is not None and (self._ours or self._unmounted):
+            Opens.remove(self._connection.opens)
 
     def _remove_record(self) -> None:
         if not self._left:  # else whoever goes on reads it

@@ -79,6 +79,13 @@ def is_device(mountpoint: Path, device: str) -> bool:
     return present is not None and present.device == device
 
 
+def file_system_of(path: Path) -> str:
+    """Type of the file system that a path is on: "ext4", "overlay", ..."""
+    real = Path(os.path.realpath(path))
+    below = [m for m in mounts() if real == Path(m.mountpoint) or Path(m.mountpoint) in real.parents]
+    return max(below, key=lambda m: len(Path(m.mountpoint).parts)).fstype if below else ""
+
+
 def resolve(mountpoint: str | os.PathLike[str]) -> Path:
     """The mount point as mountinfo writes it: links resolved.
 

@@ -35,7 +35,8 @@ class MountSettings:
     origin; may hold credentials, which travel to the keeper through a pipe and are shown nowhere. origin: the URL as
     `mount` and `cachefs status` show it, without secrets. workers: processes that answer, None = as many as pay.
     allow_other: whether other users may enter, None = yes for root. uid, gid: who owns the files, None = who mounts.
-    notes: JSON that the caller wants back in MountInfo (no secrets).
+    notes: JSON that the caller wants back in MountInfo (no secrets). io: "auto", "open-free" or "passthrough", see
+    fuse/modes.py.
     """
 
     mountpoint: Path
@@ -49,6 +50,7 @@ class MountSettings:
     uid: int | None = None
     gid: int | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
+    io: str = "auto"
 
     def worker_count(self) -> int:
         """Four answer cold reads as fast as the disk gives them on 2 cores (measured: 6,900 of 8,800 a second)."""
@@ -88,6 +90,7 @@ def encode_settings(settings: MountSettings) -> bytes:
         "uid": settings.uid,
         "gid": settings.gid,
         "notes": dict(settings.notes),
+        "io": settings.io,
     }
     try:
         return msgspec.msgpack.encode(plain)
@@ -112,7 +115,7 @@ def decode_settings(data: bytes) -> MountSettings:
             fetcher=cache["fetcher"],
         )
         # What a keeper of an older version does not know is left out, and has its default here.
-        optional = ("workers", "allow_other", "uid", "gid", "notes")
+        optional = ("workers", "allow_other", "uid", "gid", "notes", "io")
         rest = {key: plain[key] for key in optional if key in plain}
         return MountSettings(
             mountpoint=Path(plain["mountpoint"]),
@@ -134,6 +137,7 @@ class MountInfo:
     ticks: the keeper's start in clock ticks since boot. control: its socket. log: where its messages go, "" = stderr.
     device: of the mount, as mountinfo writes it. catalogs: all that are served, newest first. minor, flags: what was
     agreed on with the kernel (fuse.negotiation.Agreement).
+    io: "open-free" or "passthrough" as it was when mounted, io_why: why so. opens: the table of open files, "" = none.
     """
 
     mountpoint: str
@@ -153,6 +157,9 @@ class MountInfo:
     catalogs: tuple[str, ...] = ()
     minor: int = 0
     flags: int = 0
+    io: str = "open-free"
+    io_why: str = ""
+    opens: str = ""
 
     @property
     def home(self) -> str:
@@ -225,6 +232,11 @@ def starting(timeout: float) -> Iterator[None]:
 def control_path(mountpoint: Path, pid: int) -> Path:
     """The control socket of the keeper `pid`: while one keeper follows another there are two."""
     return folder() / f"{name_of(mountpoint)}-{pid}.sock"
+
+
+def opens_path(mountpoint: Path, pid: int) -> Path:
+    """The table of open files (fuse/opens.py) of a mount that the keeper `pid` made. Its heirs go on with it."""
+    return folder() / f"{name_of(mountpoint)}-{pid}.opens"
 
 
 def save(info: MountInfo) -> None:

@@ -1,13 +1,15 @@
 """Real mounts for tests: a tree of files, a cache that holds it, its catalog, and ways to mount it.
 
 Run as a program, this is a keeper whose workers ask no fetcher: what is not cached comes from the plain tree, and
-names with "hang" in them wait until the file `gate` appears.
+names with "hang" in them wait until the file `gate` appears. With `--refuse-after N` the kernel seems to have no
+passthrough any more after N files were registered, in whichever process.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
+import mmap
 import os
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from cachefs.digest import dataset_id, version_ref
 from cachefs.messages import Entry
 from cachefs.store import Reader, Store
 from cachefs_sidecar import connection, device, registry, starting
+from cachefs_sidecar.fuse import passthrough
 from cachefs_sidecar.fuse.worker import Rooms
 from cachefs_sidecar.keeper import Keeper
 from cachefs_sidecar.logs import set_up_logging
@@ -83,7 +86,7 @@ class Dataset:
         }
         return MountSettings(**fields)
 
-    def keeper(self, *flags: str, workers: int = 2) -> subprocess.Popen[bytes]:
+    def keeper(self, *flags: str, workers: int = 2, **options: Any) -> subprocess.Popen[bytes]:
         """A keeper without a fetcher (see above), as a child; it has mounted when this returns."""
         child = subprocess.Popen(
             [sys.executable, __file__, str(self.folder), *flags],
@@ -92,11 +95,30 @@ class Dataset:
         )
         assert child.stdin is not None
         assert child.stdout is not None
-        child.stdin.write(registry.encode_settings(self.settings(workers=workers)))
+        child.stdin.write(registry.encode_settings(self.settings(workers=workers, **options)))
         child.stdin.close()
         assert child.stdout.readline() == b"ready\n"
         child.stdout.close()
         return child
+
+    def keeper_in_a_fork(self, **options: Any) -> int:
+        """A keeper with the real fetcher in a child of this process, with what a test has patched here; its pid."""
+        mounted, told = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                settings = self.settings(**options)
+                keeper = Keeper(settings, lambda: connection.mount(settings), log_file="")
+                keeper.start()
+                os.write(told, b"1")
+                status = keeper.run()
+            finally:
+                os._exit(status)
+        os.close(told)
+        assert os.read(mounted, 1) == b"1"
+        os.close(mounted)
+        return pid
 
 
 def version(file: Path) -> str:
@@ -135,9 +157,24 @@ class PlainTree:
         return
 
 
+def refuse_after(count: int) -> None:
+    registered = mmap.mmap(-1, mmap.PAGESIZE)  # shared by all workers
+    register = passthrough.register
+
+    def refusing(device: int, fd: int) -> int:
+        registered[0] += 1
+        if registered[0] > count:
+            raise PermissionError(errno.EPERM, "no")
+        return register(device, fd)
+
+    passthrough.register = refusing
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     set_up_logging()
+    if "--refuse-after" in sys.argv:
+        refuse_after(int(sys.argv[sys.argv.index("--refuse-after") + 1]))
     rooms = Rooms(Catalog.open, changes, Reader, lambda _: PlainTree(folder))
     settings = registry.decode_settings(sys.stdin.buffer.read())
     resend = "--no-resend" not in sys.argv

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from cachefs_sidecar.control import (
     start_mount,
     stop_mount,
 )
+from cachefs_sidecar.fuse.opens import Opens
 from cachefs_sidecar.launching import Installation, this_installation
 from cachefs_sidecar.registry import MountInfo
 from cachefs_sidecar.testbed import fetcher_pid, stop_fetcher
@@ -114,6 +116,32 @@ def test_open_files_and_the_mount_stay_and_every_process_is_another(data: Datase
     until(lambda: mount_status(new)["workers"][0]["restarts"] == 1)
     stop_mount(data.mountpoint)
     assert list_mounts() == []
+
+
+@pytest.mark.needs_root
+def test_what_is_open_in_passthrough_stays_open_and_is_closed_by_the_next(data: Dataset) -> None:
+    info = start_mount(data.settings(io="passthrough"))
+    if info.io != "passthrough":
+        stop_mount(data.mountpoint)
+        pytest.skip(info.io_why)
+    table = Path(info.opens)
+    held = os.open(data.mountpoint / "img01.jpg", os.O_RDONLY)
+    with open(data.mountpoint / "img02.jpg", "rb", buffering=0) as file:
+        mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    new = restart_mount(info)
+    assert (new.io, new.opens) == (info.io, info.opens)
+    again = os.open(data.mountpoint / "img01.jpg", os.O_RDONLY)  # by the same backing file, or it would be EIO
+    for fd in (held, again):
+        assert os.pread(fd, 1 << 20, 0) == IMAGES["img01.jpg"]
+        os.close(fd)
+    assert mapped[:] == IMAGES["img02.jpg"]
+    mapped.close()
+    read_all(data)
+    opens = Opens(table)
+    until(lambda: opens.count() == 0)
+    opens.close()
+    stop_mount(data.mountpoint)
+    assert not list(table.parent.glob("*.opens*"))
 
 
 def test_the_fetcher_can_be_kept(data: Dataset) -> None:

@@ -28,7 +28,7 @@ class Listing:
     """buffer: where pages are built, behind room for the header of a reply; one page at a time. valid: seconds that
     the kernel may remember what it is told."""
 
-    def __init__(self, tree: Tree, buffer: bytearray, valid: int) -> None:
+    def __init__(self, tree: Tree, buffer: bytearray | memoryview, valid: int) -> None:
         self._tree = tree
         self._buffer = buffer
         self._view = memoryview(buffer)

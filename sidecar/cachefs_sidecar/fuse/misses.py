@@ -209,6 +209,8 @@ class Misses:
                 raise FetcherError(f"{miss.path}: the fetcher made other bytes readable than asked for")
             data = located.read(at, min(miss.stop, located.stop) - at)
             info = os.fstat(located.fd)
+            with self._lock:
+                self._reading.reply.settling.add(located.fd, at - located.base, len(data))
             # More than one name and not complete: it became a blob just now, and is opened as one by the next READ.
             # A file without the seal is being written to; one without a path is memory of the fetcher's.
             more = located.start < miss.offset or located.stop > miss.stop

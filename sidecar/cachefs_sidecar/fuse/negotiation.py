@@ -18,7 +18,7 @@ from cachefs_sidecar.fuse.abi import Init, Opcode
 
 # What is asked for when the kernel offers it:
 #   ASYNC_READ           several READs of one file in flight: a cold shard is read ahead while it is consumed.
-#   MAX_PAGES, BIG_WRITES  READs of 256 pages; without them 32 pages are the most.
+#   MAX_PAGES, BIG_WRITES  READs of 255 pages; without them 32 pages are the most.
 #   DO_READDIRPLUS       a listing brings the attributes along: whoever lists a dataset reads it next, and then every
 #                        open and stat is the kernel's own. Not READDIRPLUS_AUTO, which lists without attributes
 #                        until it sees a stat: measured on 200,000 files, `find` 1.1 s instead of 1.3 s, but
@@ -29,7 +29,8 @@ from cachefs_sidecar.fuse.abi import Init, Opcode
 #   EXPLICIT_INVAL_DATA  pages are dropped when we say so, never on a guess from mtime; so not AUTO_INVAL_DATA.
 #   HAS_RESEND           requests of a worker that died are delivered again.
 #   INIT_EXT             flags above bit 31 exist.
-# Not asked for: CACHE_SYMLINKS (a dataset has no links), PASSTHROUGH (not in open-free mode).
+#   PASSTHROUGH          in that mode only.
+# Not asked for: CACHE_SYMLINKS (a dataset has no links).
 WANTED = (
     Init.ASYNC_READ
     | Init.BIG_WRITES
@@ -53,7 +54,10 @@ CONGESTION_THRESHOLD = MAX_BACKGROUND * 3 // 4
 
 # Nothing is written; this is the least the kernel accepts, and it keeps request buffers small.
 MAX_WRITE = 4096
-MAX_PAGES = 256
+
+# Of one READ. 256 is the kernel's own limit, but a pipe of the size that everybody may have (1 MiB) must hold the
+# header of the reply too (reply.py).
+MAX_PAGES = 255
 
 # The kernel sends INIT as soon as it has mounted; it answers at once or something is badly wrong.
 INIT_SECONDS = 10.0
@@ -78,15 +82,24 @@ class Agreement:
     def resend(self) -> bool:
         return bool(self.flags & Init.HAS_RESEND)
 
+    @property
+    def passthrough(self) -> bool:
+        return bool(self.flags & Init.PASSTHROUGH)
 
-def agree(offer: wire.InitIn) -> tuple[Agreement, bytes]:
-    """The agreement on an offer, and the body of the reply that says so. Raises MountError: kernel too old."""
+
+def agree(offer: wire.InitIn, stack_depth: int = 0) -> tuple[Agreement, bytes]:
+    """The agreement on an offer, and the body of the reply that says so. Raises MountError: kernel too old.
+
+    stack_depth: how many file systems lie on one another, ours the topmost, when the kernel is to read blobs by itself
+    (1: the cache is on a disk, 2: on an overlay of directories); 0 = it is not to.
+    """
     if offer.major != abi.MAJOR or offer.minor < abi.OLDEST_MINOR:
         raise MountError(
             f"this kernel speaks FUSE {offer.major}.{offer.minor}; cachefs needs {abi.MAJOR}.{abi.OLDEST_MINOR} "
             "(Linux 5.4) or newer. The fsspec URL works without a mount"
         )
-    agreement = Agreement(min(offer.minor, abi.MINOR), int(offer.flags & WANTED))
+    wanted = WANTED | Init.PASSTHROUGH if stack_depth else WANTED
+    agreement = Agreement(min(offer.minor, abi.MINOR), int(offer.flags & wanted))
     reply = wire.init_out(
         minor=agreement.minor,
         max_readahead=offer.max_readahead,
@@ -95,11 +108,12 @@ def agree(offer: wire.InitIn) -> tuple[Agreement, bytes]:
         congestion_threshold=CONGESTION_THRESHOLD,
         max_write=MAX_WRITE,
         max_pages=MAX_PAGES,
+        max_stack_depth=stack_depth,
     )
     return agreement, reply
 
 
-def negotiate(device: int) -> Agreement:
+def negotiate(device: int, stack_depth: int = 0) -> Agreement:
     """Answer INIT on a fresh connection. Raises MountError; OSError when the descriptor breaks."""
     buffer = bytearray(64 * 1024)
     deadline = time.monotonic() + INIT_SECONDS
@@ -131,7 +145,7 @@ def negotiate(device: int) -> Agreement:
             os.writev(device, [wire.out_header(len(newest), 0, request.unique), newest])
             continue
         try:
-            agreement, reply = agree(offer)
+            agreement, reply = agree(offer, stack_depth)
         except MountError:
             os.writev(device, [wire.out_header(0, -errno.EPROTO, request.unique)])
             raise

@@ -16,8 +16,9 @@ from typing import NamedTuple, Protocol
 from cachefs import memory
 from cachefs.digest import BLOCK_SIZE, digest, version_ref
 from cachefs.errors import IsADirectory, StaleObject
+from cachefs_sidecar.fuse.reply import Reply
 from cachefs_sidecar.fuse.tree import Tree
-from cachefs_sidecar.fuse.wire import OUT_HEADER_BYTES, WireError
+from cachefs_sidecar.fuse.wire import WireError
 
 # 256 pages: the most the kernel asks for in one READ (its own limit, fs.fuse.max_pages_limit).
 MAX_READ = 1024 * 1024
@@ -29,6 +30,10 @@ MAX_WINDOWS = 256
 # Bytes of descriptors that are memory (of blocks that did not fit into the cache): the readers of a node would add up
 # to any amount. A reader whose block was let go fetches it once more.
 IN_MEMORY_SHARE, IN_MEMORY_LEAST, IN_MEMORY_MOST = 64, 2 * BLOCK_SIZE, 64 * BLOCK_SIZE
+
+# Of the files that are read whole and past our eyes, one in so many is read in sight and compared with its key, so that
+# rot is found where nobody runs `cachefs verify`. It costs 3% of a cold read on the average.
+LOOK_EVERY = 16
 
 # The extended attribute in which the store writes a blob's key.
 KEY_ATTRIBUTE = "user.cachefs.key"
@@ -93,9 +98,12 @@ class _Held:
 
 
 class Reading:
-    """Every method is called with the session's lock held."""
+    """Every method is called with the session's lock held.
 
-    def __init__(self, tree: Tree, store: Store, dataset: str) -> None:
+    reply: what `read` fills. through_pipe: whether the device that it is sent to can splice, as /dev/fuse can.
+    """
+
+    def __init__(self, tree: Tree, store: Store, dataset: str, *, through_pipe: bool = False) -> None:
         self._tree = tree
         self._store = store
         self._dataset = dataset
@@ -103,12 +111,11 @@ class Reading:
         self._windows = 0
         self._memory = 0
         self._most_memory = memory.share(IN_MEMORY_SHARE, least=IN_MEMORY_LEAST, most=IN_MEMORY_MOST)
-        # The reply is built here: room for its header, then the bytes.
-        self.buffer = bytearray(OUT_HEADER_BYTES + MAX_READ)
-        self._payload = memoryview(self.buffer)[OUT_HEADER_BYTES:]
+        self.reply = Reply(MAX_READ, through_pipe=through_pipe)
+        self._wholes = 0
 
-    def read(self, node: int, offset: int, size: int) -> int | Miss:
-        """Fill `buffer`; the number of bytes behind the header, or what to ask the fetcher.
+    def read(self, unique: int, node: int, offset: int, size: int) -> int | Miss:
+        """Fill the reply to the request `unique`; its number of bytes, or what to ask the fetcher.
 
         Never fewer bytes than asked except at the end of the file: the kernel takes a short answer for the end.
         Raises StaleObject, IsADirectory, CatalogError, WireError.
@@ -119,17 +126,17 @@ class Reading:
         if held is not None:
             stop = min(offset + size, held.size)
             if stop <= offset:
-                return 0
+                return self.reply.clear()
             for window in held.windows:
                 if window.start <= offset and stop <= window.stop:
                     held.used = True
                     self._held.move_to_end(node)
                     # Looked at after the bytes were read: write(2) changes the time before the bytes.
-                    if self._fill(window.fd, offset - window.base, stop - offset) and window.current:
+                    if self.reply.fill(unique, window.fd, offset - window.base, stop - offset) and window.current:
                         return stop - offset
                     self._release(node)
                     break
-        return self._open(node, offset, size)
+        return self._open(unique, node, offset, size)
 
     def hold(self, node: int, size: int, window: Window) -> None:
         """Keep a descriptor (owned by this object from now on) for the READs that follow."""
@@ -172,51 +179,44 @@ class Reading:
         finally:
             os.close(found[0])
 
-    def _open(self, node: int, offset: int, size: int) -> int | Miss:
+    def _open(self, unique: int, node: int, offset: int, size: int) -> int | Miss:
         path, row = self._tree.object(node)
         if row.directory:
             raise IsADirectory(f"{path or '/'}: is a directory", path=path)
         stop = min(offset + size, row.size)
         if stop <= offset:
-            return 0
+            return self.reply.clear()
         found = self._store.open(self._dataset, version_ref(path, row.version))
         damaged = found is not None
         if found is not None:
             fd, info = found
-            keep = False
+            window = Window(0, row.size, 0, fd, info, whole=True)
+            # The kernel keeps all pages of a file that it got whole: there is no next READ to hold it for.
+            entire = offset == 0 and stop == row.size
+            held = False
             try:
-                if info.st_size == row.size and self._fill(fd, offset, stop - offset):
-                    whole = offset == 0 and stop == row.size
-                    if not whole:
-                        window = Window(0, row.size, 0, fd, info, whole=True)
-                        if window.current:
-                            keep = True
-                            self.hold(node, row.size, window)
-                            return stop - offset
-                    # The kernel keeps all pages of a file that it got whole: there is no next READ to hold for.
-                    elif row.size > BLOCK_SIZE or self._intact(fd, row.size):
-                        return stop - offset
+                if (
+                    info.st_size == row.size
+                    and self.reply.fill(unique, fd, offset, stop - offset, look=entire and self._looks())
+                    and (self._intact(fd, row.size) if entire and self.reply.visible else window.current)
+                ):
+                    if not entire:
+                        self.hold(node, row.size, window)
+                        held = True
+                    return stop - offset
             finally:
-                if not keep:
+                if not held:
                     os.close(fd)
         return Miss(node, path, row.version, row.size, offset, stop, damaged)
 
-    def _fill(self, fd: int, position: int, length: int) -> bool:
-        """Read exactly `length` bytes into the reply. False when the file is shorter or its disk fails."""
-        done = 0
-        try:
-            while done < length:  # once, but for a signal
-                count = os.preadv(fd, [self._payload[done:length]], position + done)
-                if count == 0:
-                    return False
-                done += count
-        except OSError:
-            return False  # a failing disk is a miss; the fetcher checks the blob and says so
-        return True
+    def _looks(self) -> bool:
+        """Whether the next file that is read whole must come in sight: all are compared with their keys that do."""
+        self._wholes += 1
+        return self._wholes % LOOK_EVERY == 0
 
     def _intact(self, fd: int, size: int) -> bool:
         key = _key(fd)
-        return not key or digest(self._payload[:size]).hex() == key
+        return not key or digest(self.reply.payload[:size]).hex() == key
 
     def _release(self, node: int) -> None:
         for window in self._held.pop(node).windows:

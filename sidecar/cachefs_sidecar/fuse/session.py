@@ -5,8 +5,8 @@ and every poller. It answers names, attributes and cached bytes itself. A read t
 handed over (`MissSink`), and whoever took it writes the reply later, in any order.
 
 Open-free: OPEN and OPENDIR are answered with ENOSYS once, after which the kernel opens and closes by itself and
-keeps pages and listings; a hot read never comes here. Nothing in a mount changes except by refresh, which tells
-the kernel what to forget, so everything else is remembered for good.
+keeps pages and listings; a hot read never comes here. The other mode is in passthrough.py. Nothing in a mount changes
+except by refresh, which tells the kernel what to forget, so everything else is remembered for good.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from cachefs_sidecar.fuse import abi, tracing, wire
 from cachefs_sidecar.fuse.abi import Opcode
 from cachefs_sidecar.fuse.listing import Listing
 from cachefs_sidecar.fuse.negotiation import Agreement
+from cachefs_sidecar.fuse.passthrough import Passthrough
 from cachefs_sidecar.fuse.reading import Miss, Reading
 from cachefs_sidecar.fuse.tree import Tree
 from cachefs_sidecar.fuse.wire import Request
@@ -80,7 +81,10 @@ class MissSink(Protocol):
 
 
 class Session:
-    """lock: held while a request is answered; whoever switches catalogs or closes descriptors takes it."""
+    """lock: held while a request is answered; whoever switches catalogs or closes descriptors takes it.
+
+    passthrough: None = the mount is open-free.
+    """
 
     def __init__(
         self,
@@ -91,6 +95,7 @@ class Session:
         misses: MissSink,
         lock: threading.Lock,
         *,
+        passthrough: Passthrough | None = None,
         trace: bool = False,
     ) -> None:
         self._device = device
@@ -99,15 +104,15 @@ class Session:
         self._reading = reading
         self._misses = misses
         self._lock = lock
+        self._passthrough = passthrough
         self._trace = trace
         self._xattrs = Attributes(tree, reading)
-        self._listing = Listing(tree, reading.buffer, FOREVER)
+        self._listing = Listing(tree, reading.reply.buffer, FOREVER)
         self.counts: Counter[str] = Counter(IOCTL=0)
         self._catalogs: Sequence[Path] | None = None
         self.finishing = False
         self._buffer = bytearray(REQUEST_BYTES)
         self._view = memoryview(self._buffer)
-        self._reply = memoryview(reading.buffer)
         self._handlers: dict[int, Callable[[Request], Answer]] = {
             Opcode.LOOKUP: self._lookup,
             # Node ids are the catalog's: there is nothing to forget.
@@ -118,7 +123,7 @@ class Session:
             Opcode.READLINK: lambda _: -errno.EINVAL,
             Opcode.OPEN: self._open,
             Opcode.OPENDIR: self._opendir,
-            Opcode.RELEASE: lambda _: b"",
+            Opcode.RELEASE: self._release,
             Opcode.RELEASEDIR: lambda _: b"",
             # Whole ones have been taken out before.
             Opcode.READ: lambda _: -errno.EINVAL,
@@ -232,7 +237,9 @@ class Session:
             if isinstance(answer, int):
                 self._write(wire.out_header(0, answer, request.unique))
             elif answer is not None:
-                self._write(wire.out_header(len(answer), 0, request.unique), answer)
+                taken = self._write(wire.out_header(len(answer), 0, request.unique), answer)
+                if not taken and request.opcode == Opcode.OPEN and self._passthrough is not None:
+                    self._passthrough.not_taken(request.unique)
         if self._trace:
             tracing.passed(request, answer)
 
@@ -270,16 +277,14 @@ class Session:
             log.exception("%s node %d failed", name, node)
             return -errno.EIO
 
-    def _write(self, *reply: bytes | memoryview) -> None:
-        """Never raises: a descriptor that is broken says so to the next read of it."""
+    def _write(self, *reply: bytes | memoryview) -> bool:
+        """Whether the kernel took it. Never raises: a descriptor that is broken says so to the next read of it."""
         try:
             os.writev(self._device, reply)
         except OSError as error:
-            # ENOENT: the request was interrupted, or delivered again to another worker that was faster.
-            # ENODEV, ENOTCONN, EPIPE: the mount is gone, and the next read says so.
-            if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ENOTCONN, errno.EPIPE):
-                # The kernel has ended the request with EIO by itself.
-                log.error("the kernel does not take an answer (%s)", error.strerror)
+            _note(error)
+            return False
+        return True
 
     # --- names and attributes ---
 
@@ -299,10 +304,17 @@ class Session:
         summary = self._tree.summary
         return wire.statfs_out(blocks=-(-summary.bytes // abi.BLOCK), files=summary.files + summary.directories)
 
-    def _open(self, _: Request) -> Answer:
+    def _open(self, request: Request) -> Answer:
+        if self._passthrough is not None:
+            return self._passthrough.open(request.unique, request.node)
         if self._agreement.open_free:
             return -errno.ENOSYS
         return wire.open_out(abi.Open.KEEP_CACHE)
+
+    def _release(self, request: Request) -> Answer:
+        if self._passthrough is not None:
+            self._passthrough.release(wire.release_in(request.body))
+        return b""
 
     def _opendir(self, _: Request) -> Answer:
         if self._agreement.opendir_free:
@@ -319,18 +331,29 @@ class Session:
 
     def _read(self, unique: int, pid: int, node: int, offset: int, size: int) -> Answer:
         """The bytes that were answered, None when the read waits, or a negative errno that is still to be said."""
-        found = self._reading.read(node, offset, size)
+        found = self._reading.read(unique, node, offset, size)
         if isinstance(found, Miss):
             self.counts["damaged" if found.damaged else "misses"] += 1
             self._misses.take(unique, pid, found)
             return None
         self.counts["hits"] += 1
         self.counts["hit_bytes"] += found
-        wire.out_header_into(self._reading.buffer, found, unique)
-        reply = self._reply[: wire.OUT_HEADER_BYTES + found]
-        self._write(reply)
-        return reply[wire.OUT_HEADER_BYTES :]
+        reply = self._reading.reply
+        try:
+            reply.send(self._device, unique)
+        except OSError as error:
+            _note(error)
+        return reply.payload[:found]  # of one that went through a pipe this shows the length only
 
     def _interrupt(self, request: Request) -> Answer:
         self._misses.interrupt(wire.interrupt_in(request.body))
         return None
+
+
+def _note(error: OSError) -> None:
+    """Why the kernel does not take an answer, unless that is in order."""
+    # ENOENT: the request was interrupted, or delivered again to another worker that was faster.
+    # ENODEV, ENOTCONN, EPIPE: the mount is gone, and the next read says so.
+    if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ENOTCONN, errno.EPIPE):
+        # The kernel has ended the request with EIO by itself.
+        log.error("the kernel does not take an answer (%s)", error.strerror)

@@ -33,15 +33,16 @@ _FIRST_LOOK = struct.Struct("=IIQ")
 _WHOLE_READ = struct.Struct("=16xQ8xI4x8xQI")  # header and fuse_read_in
 _OUT = struct.Struct("=IiQ")  # fuse_out_header
 _INIT_IN = struct.Struct("=IIII")
-_INIT_OUT = struct.Struct("=IIIIHHIIHHI28x")
+_INIT_OUT = struct.Struct("=IIIIHHIIHHII24x")
 _READ_IN = struct.Struct("=QQI")  # the start of fuse_read_in: fh, offset, size
+_RELEASE_IN = struct.Struct("=Q")  # the start of fuse_release_in: fh
 _XATTR_IN = struct.Struct("=I4x")
 _INTERRUPT_IN = struct.Struct("=Q")
 _ATTR = "QQQQQQIIIIIIIIII"  # fuse_attr
 _ENTRY_HEAD = "QQQQII"  # fuse_entry_out before its attributes
 _ENTRY_OUT = struct.Struct("=" + _ENTRY_HEAD + _ATTR)
 _ATTR_OUT = struct.Struct("=QI4x" + _ATTR)
-_OPEN_OUT = struct.Struct("=QI4x")
+_OPEN_OUT = struct.Struct("=QIi")
 _STATFS_OUT = struct.Struct("=QQQQQIII28x")
 _XATTR_OUT = struct.Struct("=I4x")
 _DIRENT = struct.Struct("=QQII")
@@ -173,6 +174,15 @@ def read_in(body: Buffer) -> tuple[int, int]:
     return offset, size
 
 
+def release_in(body: Buffer) -> int:
+    """The `fh` of what is closed. Raises WireError."""
+    try:
+        fh: int = _RELEASE_IN.unpack_from(body)[0]
+    except struct.error as error:
+        raise WireError("RELEASE is too short") from error
+    return fh
+
+
 def getxattr_in(body: Buffer) -> tuple[int, bytes]:
     """(room for the value in bytes, 0 = only its size is asked; attribute name). Raises WireError."""
     return listxattr_in(body), name_in(body[_XATTR_IN.size :])
@@ -204,7 +214,7 @@ def out_header(length: int, error: int, unique: int) -> bytes:
     return _OUT.pack(OUT_HEADER_BYTES + length, error, unique)
 
 
-def out_header_into(buffer: bytearray, length: int, unique: int) -> None:
+def out_header_into(buffer: bytearray | memoryview, length: int, unique: int) -> None:
     """The header of a successful reply, at the start of `buffer`."""
     _OUT.pack_into(buffer, 0, OUT_HEADER_BYTES + length, 0, unique)
 
@@ -218,6 +228,7 @@ def init_out(
     congestion_threshold: int,
     max_write: int,
     max_pages: int,
+    max_stack_depth: int = 0,
 ) -> bytes:
     low, high = flags & 0xFFFFFFFF, flags >> 32
     nanosecond = 1  # time_gran: times are exact to one nanosecond
@@ -233,6 +244,7 @@ def init_out(
         max_pages,
         0,
         high,
+        max_stack_depth,
     )
 
 
@@ -275,8 +287,9 @@ def attr_out(attributes: Attributes, valid: int) -> bytes:
     return _ATTR_OUT.pack(valid, 0, *_attr(attributes))
 
 
-def open_out(flags: int) -> bytes:
-    return _OPEN_OUT.pack(0, flags)
+def open_out(flags: int, fh: int = 0, backing_id: int = 0) -> bytes:
+    """fh: what RELEASE will say. backing_id: with Open.PASSTHROUGH."""
+    return _OPEN_OUT.pack(fh, flags, backing_id)
 
 
 def statfs_out(*, blocks: int, files: int) -> bytes:

@@ -29,6 +29,8 @@ from cachefs_sidecar.fuse import tracing
 from cachefs_sidecar.fuse.invalidation import Change
 from cachefs_sidecar.fuse.misses import Fetching, Misses
 from cachefs_sidecar.fuse.negotiation import Agreement
+from cachefs_sidecar.fuse.opens import Opens
+from cachefs_sidecar.fuse.passthrough import Passthrough
 from cachefs_sidecar.fuse.reading import Reading, Store
 from cachefs_sidecar.fuse.session import Session
 from cachefs_sidecar.fuse.tree import Names, Tree
@@ -61,7 +63,7 @@ class Rooms:
 
 @dataclass(frozen=True)
 class Serving:
-    """What a worker serves."""
+    """What a worker serves. opens: the table of open files of a mount in passthrough, None = it is open-free."""
 
     cache: CacheConfig
     dataset: str
@@ -70,6 +72,7 @@ class Serving:
     uid: int
     gid: int
     rooms: Rooms
+    opens: Path | None
 
 
 class Worker:
@@ -80,7 +83,8 @@ class Worker:
         self._control = control
         self._lock = threading.Lock()
         self._tree = Tree(serving.catalogs, serving.rooms.catalog, uid=serving.uid, gid=serving.gid)
-        self._reading = Reading(self._tree, serving.rooms.store(serving.cache.dirs), serving.dataset)
+        store = serving.rooms.store(serving.cache.dirs)
+        self._reading = Reading(self._tree, store, serving.dataset, through_pipe=True)
         self._loop = uvloop.new_event_loop()
         self._misses = Misses(
             self._loop,
@@ -90,8 +94,19 @@ class Worker:
             deadline=serving.cache.deadline,
             pass_on=lambda unique: self._tell({"op": "interrupt", "unique": unique}),
         )
+        self._passthrough: Passthrough | None = None
+        if serving.opens is not None:
+            opens = Opens(serving.opens)
+            self._passthrough = Passthrough(device, opens, self._tree, store, serving.dataset, serving.cache.dirs)
         self._session = Session(
-            device, serving.agreement, self._tree, self._reading, self._misses, self._lock, trace=tracing.wanted()
+            device,
+            serving.agreement,
+            self._tree,
+            self._reading,
+            self._misses,
+            self._lock,
+            passthrough=self._passthrough,
+            trace=tracing.wanted(),
         )
         self._misses.replies = self._session
         self._answered = 0
@@ -125,12 +140,16 @@ class Worker:
     def _sweep(self) -> None:
         with self._lock:
             self._reading.sweep()
+            drop = self._reading.reply.settling.due()
+        self._dropping = self._loop.run_in_executor(None, drop)  # the disk may make it wait
         self._loop.call_later(SWEEP_SECONDS, self._sweep)
 
     def _touch(self) -> None:
         with self._lock:
             answered = self._session.counts.total()
-        if answered != self._answered:
+            # Who reads in passthrough asks nothing while it reads.
+            in_use = self._passthrough is not None and self._passthrough.open_files > 0
+        if in_use or answered != self._answered:
             self._answered = answered
             touch(self._serving.cache.home, self._serving.dataset)
         self._loop.call_later(TOUCH_SECONDS, self._touch)
@@ -158,7 +177,7 @@ class Worker:
                 # The thread that serves may be waiting for a request: only a signal to itself ends that.
                 signal.pthread_kill(self._server, signal.SIGUSR1)
             case "status":
-                self._tell({"op": "status", "counts": self._counts()})
+                self._tell({"op": "status", "counts": self._counts(), "refused": self._refused()})
 
     def _switch(self, files: list[Path]) -> None:
         """Answer from other catalogs from the next request on; what is being answered ends before this returns.
@@ -173,6 +192,11 @@ class Worker:
     def _counts(self) -> dict[str, int]:
         with self._lock:  # counting goes on in the other thread
             return dict(self._session.counts + self._misses.counts) | {"waiting": self._misses.waiting}
+
+    def _refused(self) -> str:
+        """Why there is no passthrough any more; "" = nothing was refused."""
+        with self._lock:
+            return self._passthrough.refused if self._passthrough is not None else ""
 
     def _tell(self, message: dict[str, Any]) -> None:
         try:
