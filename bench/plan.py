@@ -38,7 +38,7 @@ class Plan:
     shard_mib: int = 48
     ranges: int = 160
     shard_rounds: int = 2
-    listed_names: int = 20_000
+    listed_names: int = 10_000
     name_rounds: int = 2
     workloads: tuple[str, ...] = ("resnet50", "cosmoflow", "unet3d")
     accelerators: tuple[int, ...] = (1, 2, 4, 8)
