@@ -22,6 +22,7 @@ from bench.comparisons.markdown import page
 from bench.comparisons.turns import pick
 from bench.contenders import CONTENDERS, load
 from bench.plan import Plan
+from bench.scenarios import SCENARIOS
 from bench.stage import part, stage
 
 ROOT = Path(__file__).parents[1]
@@ -132,6 +133,10 @@ def test_interrupted_a_comparison_takes_everything_away(tmp_path):
     assert bench.returncode == 130, said
     assert "Traceback" not in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_two_scenarios_have_the_same_name():
+    assert not SCENARIOS.keys() & COMPARISONS.keys()
 
 
 def test_every_contender_loads_and_says_how_it_is_set_up():

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from types import ModuleType
 from typing import NamedTuple
 
-from bench.comparisons import accelerators, capacity, epochs, hiccups, names, shards, workers
+from bench.comparisons import accelerators, capacity, epochs, hiccups, listing, shards, workers
 from bench.comparisons.findings import Findings
 from bench.comparisons.ground import Ground
 from bench.comparisons.turns import Entrant
@@ -35,7 +35,7 @@ COMPARISONS = {
     "workers": _of(workers),
     "capacity": _of(capacity),
     "shards": _of(shards),
-    "names": _of(names),
+    "listing": _of(listing),
     "hiccups": _of(hiccups),
     "accelerators": _of(accelerators),
 }
