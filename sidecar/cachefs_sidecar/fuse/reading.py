@@ -190,7 +190,6 @@ class Reading:
         damaged = found is not None
         if found is not None:
             fd, info = found
-            window = Window(0, row.size, 0, fd, info, whole=True)
             # The kernel keeps all pages of a file that it got whole: there is no next READ to hold it for.
             entire = offset == 0 and stop == row.size
             held = False
@@ -198,10 +197,10 @@ class Reading:
                 if (
                     info.st_size == row.size
                     and self.reply.fill(unique, fd, offset, stop - offset, look=entire and self._looks())
-                    and (self._intact(fd, row.size) if entire and self.reply.visible else window.current)
+                    and (self._intact(fd, row.size) if entire and self.reply.visible else _unwritten(fd, info))
                 ):
                     if not entire:
-                        self.hold(node, row.size, window)
+                        self.hold(node, row.size, Window(0, row.size, 0, fd, info, whole=True))
                         held = True
                     return stop - offset
             finally:
@@ -238,6 +237,11 @@ class Reading:
     def close(self) -> None:
         for node in list(self._held):
             self._release(node)
+
+
+def _unwritten(fd: int, info: os.stat_result) -> bool:
+    """Whether nothing was written to a file since it was looked at."""
+    return os.fstat(fd).st_mtime_ns == info.st_mtime_ns
 
 
 def _key(fd: int) -> str:

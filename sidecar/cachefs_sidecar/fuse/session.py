@@ -18,7 +18,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from cachefs.errors import CacheFSError, errno_of
 from cachefs_sidecar.fuse import abi, tracing, wire
@@ -197,10 +197,14 @@ class Session:
     def _answer_read(self, unique: int) -> None:
         node, pid, offset, size = wire.whole_read(self._buffer)
         with self._lock:
-            self._take_new_catalogs()
+            if self._catalogs is not None:
+                self._take_new_catalogs()
             self.counts["READ"] += 1
-            answer = self._guarded("READ", node, self._read, unique, pid, node, offset, size)
-            if isinstance(answer, int):
+            answer: Answer
+            try:
+                answer = self._read(unique, pid, node, offset, size)
+            except Exception as error:  # noqa: BLE001 - told apart there
+                answer = _failed("READ", node, error)
                 self._write(wire.out_header(0, answer, unique))
         if self._trace:
             tracing.passed(self._request(), answer)
@@ -226,10 +230,14 @@ class Session:
                 self._write(wire.out_header(0, -errno.EINVAL, error.unique))
             return
         with self._lock:
-            self._take_new_catalogs()
+            if self._catalogs is not None:
+                self._take_new_catalogs()
             self.counts[request.name if request.opcode in _KNOWN else "unknown"] += 1
             handler = self._handlers.get(request.opcode)
-            answer = self._guarded(request.name, request.node, handler, request) if handler else -errno.ENOSYS
+            try:
+                answer = handler(request) if handler else -errno.ENOSYS
+            except Exception as error:  # noqa: BLE001 - told apart there
+                answer = _failed(request.name, request.node, error)
             if request.opcode in abi.UNANSWERED:
                 answer = None
             # The reply is written under the lock: a refresh that gets the lock afterwards may rely on it that no
@@ -258,24 +266,9 @@ class Session:
             tracing.answered(unique, answer)
 
     def _take_new_catalogs(self) -> None:
-        if self._catalogs is not None:
-            self._tree.switch(self._catalogs)
-            self._catalogs = None
-
-    def _guarded(self, name: str, node: int, handler: Callable[..., Answer], *arguments: Any) -> Answer:
-        """What the handler answers, or the errno of what it raises."""
-        try:
-            return handler(*arguments)
-        except wire.WireError as error:
-            log.error("%s refused: %s", name, error)
-            return -errno.EINVAL
-        except (CacheFSError, OSError) as error:
-            log.error("%s node %d: %s", name, node, error)
-            number = errno_of(error)
-            return -number if 0 < number <= _LAST_ERRNO else -errno.EIO
-        except Exception:  # a fault of ours in one request must not take the other requests with it
-            log.exception("%s node %d failed", name, node)
-            return -errno.EIO
+        assert self._catalogs is not None
+        self._tree.switch(self._catalogs)
+        self._catalogs = None
 
     def _write(self, *reply: bytes | memoryview) -> bool:
         """Whether the kernel took it. Never raises: a descriptor that is broken says so to the next read of it."""
@@ -348,6 +341,20 @@ class Session:
     def _interrupt(self, request: Request) -> Answer:
         self._misses.interrupt(wire.interrupt_in(request.body))
         return None
+
+
+def _failed(name: str, node: int, error: Exception) -> int:
+    """The negative errno to answer for what went wrong, which is logged."""
+    if isinstance(error, wire.WireError):
+        log.error("%s refused: %s", name, error)
+        return -errno.EINVAL
+    if isinstance(error, (CacheFSError, OSError)):
+        log.error("%s node %d: %s", name, node, error)
+        number = errno_of(error)
+        return -number if 0 < number <= _LAST_ERRNO else -errno.EIO
+    # A fault of ours in one request must not take the other requests with it.
+    log.error("%s node %d failed", name, node, exc_info=error)
+    return -errno.EIO
 
 
 def _note(error: OSError) -> None:

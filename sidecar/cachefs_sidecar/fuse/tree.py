@@ -88,13 +88,15 @@ class Tree:
 
     def object(self, node: int) -> tuple[str, Row]:
         """(object path, row) of a node. Raises StaleObject."""
-        catalog, row = self._find(node)
-        if catalog is not self._newest:
+        row = self._newest.get(node)
+        if row is None:
+            catalog, row = self._find(node)
             return catalog.object_path(node), row
         # Saves two queries of three for each file that is read: a dataset has few directories.
         folder = self._folders.get(row.parent)
         if folder is not None:
             return folder + row.name.decode(), row
+        catalog = self._newest
         path = catalog.object_path(node)
         if node != ROOT:
             if len(self._folders) >= FOLDERS:
