@@ -71,7 +71,7 @@ def mount(
             min=1,
             max=MOST_WORKERS,
             show_default=False,
-            help="Processes that answer the kernel. [default: 2 per core, at most 4]",
+            help="Processes that answer the kernel. [default: 3 per core, at most 8]",
         ),
     ] = None,
     allow_other: Annotated[
