@@ -13,7 +13,7 @@ import pytest
 
 from cachefs_sidecar import mounts
 from cachefs_sidecar.control import start_mount, stop_mount
-from cachefs_sidecar.fuse import settling
+from cachefs_sidecar.fuse import settling, worker
 from cachefs_sidecar.fuse.reply import PAGE, Reply
 from cachefs_sidecar.fuse.settling import Settling
 from tests.kernel.mounting import Dataset, drop_pages, until
@@ -54,7 +54,7 @@ def in_memory(files: Iterable[Path]) -> int:
         with open(file, "rb") as opened:
             pages = reply.pages(opened.fileno(), 0, os.fstat(opened.fileno()).st_size)
             assert pages is not None
-            total += pages.cached * PAGE
+            total += pages[0] * PAGE
     return total
 
 
@@ -98,7 +98,8 @@ def test_blobs_in_memory_are_read_from_there_and_dropped(data: Dataset) -> None:
 @pytest.mark.needs_fuse
 def test_what_is_fetched_is_dropped_when_it_is_on_the_disk(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a fetcher that is a process of its own, and a clock that runs faster."""
-    monkeypatch.setattr(settling, "SETTLED_SECONDS", 0.0)  # in the workers too, which are forked from here
+    monkeypatch.setattr(settling, "SETTLED_SECONDS", 3.0)  # in the workers too, which are forked from here
+    monkeypatch.setattr(worker, "SWEEP_SECONDS", 0.5)
     data.write({"new.jpg": IMAGES["img00.jpg"][::-1], "new.bin": LARGE[::-1]}, cached=False)
     data.snapshot("b")
     before = set(blobs(data))
@@ -106,9 +107,12 @@ def test_what_is_fetched_is_dropped_when_it_is_on_the_disk(data: Dataset, monkey
     try:
         assert (data.mountpoint / "new.jpg").read_bytes() == IMAGES["img00.jpg"][::-1]
         assert (data.mountpoint / "new.bin").read_bytes() == LARGE[::-1]
-        os.sync()
         new = [blob for blob in blobs(data) if blob not in before and not blob.name.endswith(".blocks")]
         assert len(new) == 2
+        for blob in new:
+            with blob.open("rb") as written:
+                os.fsync(written.fileno())
+        assert in_memory(new) > 0
         until(lambda: in_memory(new) == 0, seconds=20)
         assert (data.mountpoint / "new.bin").read_bytes() == LARGE[::-1]
     finally:

@@ -19,6 +19,10 @@ from cachefs.digest import BLOCK_SIZE
 
 SETTLED_SECONDS = 45.0
 
+# The largest page that the page cache makes, in bytes. One that is dropped in part only stays: a range of which another
+# worker has the rest is taken a little larger.
+LARGEST_PAGE = 2 << 20
+
 # Small files that are remembered, some 250 bytes each; beyond that the oldest are left to the kernel's own reclaim.
 MOST_FILES = 16384
 
@@ -83,6 +87,8 @@ def _drop(paths: Iterable[str], ranges: Iterable[_Range]) -> None:
     for held in ranges:
         with contextlib.suppress(OSError):
             try:
-                os.posix_fadvise(held.fd, held.start, held.stop - held.start, os.POSIX_FADV_DONTNEED)
+                start = held.start // LARGEST_PAGE * LARGEST_PAGE
+                stop = -(-held.stop // LARGEST_PAGE) * LARGEST_PAGE
+                os.posix_fadvise(held.fd, start, stop - start, os.POSIX_FADV_DONTNEED)
             finally:
                 os.close(held.fd)
