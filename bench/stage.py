@@ -17,6 +17,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -42,6 +43,10 @@ STRETCH, RECORD = 1 << 20, 4096
 SMALLEST, LARGEST = 60_000, 160_000
 
 FILES_PER_FOLDER = 1000
+
+# Linux waits two seconds after memory was freed before it tells the host (mm/page_reporting.c), and two more when it
+# then finds that others were freed meanwhile.
+REST_SECONDS = 4.2
 
 RECORDS_IN_STRETCH = 4
 
@@ -156,6 +161,17 @@ class Stage:
         for manifest, keys in zip(manifests, (stretches, records), strict=True):
             manifest.write_text(json.dumps(keys))
         return manifests
+
+    @staticmethod
+    def rest() -> None:
+        """Wait until nothing was freed for a while; called before what is in memory is dropped for a turn.
+
+        A virtual machine gives free memory back to its host some seconds after it was freed (free page reporting), and
+        who touches it next waits for the host: 1 GiB from the disk at 800 MB/s instead of 2,100. Turns that last as
+        long as that, one after another, have it always hit the same contender. What is dropped after a rest stays with
+        the machine for the turn that follows.
+        """
+        time.sleep(REST_SECONDS)
 
     def forget_pages(self) -> None:
         """Take the files out of the page cache: who reads them next, reads them from the disk."""

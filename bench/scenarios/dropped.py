@@ -42,10 +42,12 @@ def _compare(
     costs: list[float] = []
 
     def local(seed: int) -> float:
+        stage.rest()
         stage.forget_pages()
         return native.run(seed).rate
 
     def through(seed: int) -> float:
+        stage.rest()
         stage.forget_below(mount.point, mount.home / "blobs")
         before = mount.cpu_seconds
         rate = mounted.run(seed).rate
