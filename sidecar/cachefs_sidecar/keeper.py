@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from cachefs import memory
 from cachefs.client import AsyncConnection
 from cachefs.errors import MountError
 from cachefs_sidecar import interrupts, mounts, registry, rescue, standin
@@ -31,6 +32,7 @@ from cachefs_sidecar.desk import Desk, Over
 from cachefs_sidecar.device import branches
 from cachefs_sidecar.fuse import worker
 from cachefs_sidecar.fuse.opens import Opens
+from cachefs_sidecar.fuse.refs import Refs
 from cachefs_sidecar.handover import Estate
 from cachefs_sidecar.launching import Installation
 from cachefs_sidecar.manager import Manager
@@ -45,6 +47,10 @@ REHEARSAL_SECONDS = 20.0
 # How long workers that are to end may take over what they have in hand. What is left then is delivered again; where
 # the kernel cannot do that, they have as long as a read may take.
 FINISH_SECONDS = 2.0
+
+
+# The share of what the workers know together of the files that were read: 32 bytes each, up to 32 million files.
+REFS_PART, REFS_MOST = 64, 1 << 30
 
 
 class Keeper:
@@ -152,6 +158,8 @@ class Keeper:
 
     def _hire(self, connection: Connection) -> Crew:
         settings = self._settings
+        with contextlib.closing(self._rooms.catalog(connection.catalogs[0])) as catalog:
+            refs = Refs.of(catalog.summary.last_id, memory.share(REFS_PART, least=0, most=REFS_MOST))
         serving = worker.Serving(
             cache=settings.cache,
             dataset=settings.dataset,
@@ -161,6 +169,7 @@ class Keeper:
             gid=os.getgid() if settings.gid is None else settings.gid,
             rooms=self._rooms,
             opens=connection.opens,
+            refs=refs,
         )
         return Crew(
             connection.fd,

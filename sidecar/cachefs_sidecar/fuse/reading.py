@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 from cachefs import memory
 from cachefs.digest import BLOCK_SIZE, digest, version_ref
 from cachefs.errors import IsADirectory, StaleObject
+from cachefs_sidecar.fuse.refs import Refs
 from cachefs_sidecar.fuse.reply import Reply
 from cachefs_sidecar.fuse.tree import Tree
 from cachefs_sidecar.fuse.wire import WireError
@@ -101,9 +102,12 @@ class Reading:
     """Every method is called with the session's lock held.
 
     reply: what `read` fills. through_pipe: whether the device that it is sent to can splice, as /dev/fuse can.
+    refs: what the workers know together.
     """
 
-    def __init__(self, tree: Tree, store: Store, dataset: str, *, through_pipe: bool = False) -> None:
+    def __init__(
+        self, tree: Tree, store: Store, dataset: str, *, through_pipe: bool = False, refs: Refs | None = None
+    ) -> None:
         self._tree = tree
         self._store = store
         self._dataset = dataset
@@ -111,6 +115,7 @@ class Reading:
         self._windows = 0
         self._memory = 0
         self._most_memory = memory.share(IN_MEMORY_SHARE, least=IN_MEMORY_LEAST, most=IN_MEMORY_MOST)
+        self._refs = refs or Refs(0)
         self.reply = Reply(MAX_READ, through_pipe=through_pipe)
         self._wholes = 0
 
@@ -180,33 +185,41 @@ class Reading:
             os.close(found[0])
 
     def _open(self, unique: int, node: int, offset: int, size: int) -> int | Miss:
-        path, row = self._tree.object(node)
-        if row.directory:
-            raise IsADirectory(f"{path or '/'}: is a directory", path=path)
-        stop = min(offset + size, row.size)
+        ref, whole = self._refs.get(node) or self._find_out(node)
+        stop = min(offset + size, whole)
         if stop <= offset:
             return self.reply.clear()
-        found = self._store.open(self._dataset, version_ref(path, row.version))
+        found = self._store.open(self._dataset, ref)
         damaged = found is not None
         if found is not None:
             fd, info = found
             # The kernel keeps all pages of a file that it got whole: there is no next READ to hold it for.
-            entire = offset == 0 and stop == row.size
+            entire = offset == 0 and stop == whole
             held = False
             try:
                 if (
-                    info.st_size == row.size
+                    info.st_size == whole
                     and self.reply.fill(unique, fd, offset, stop - offset, look=entire and self._looks())
-                    and (self._intact(fd, row.size) if entire and self.reply.visible else _unwritten(fd, info))
+                    and (self._intact(fd, whole) if entire and self.reply.visible else _unwritten(fd, info))
                 ):
                     if not entire:
-                        self.hold(node, row.size, Window(0, row.size, 0, fd, info, whole=True))
+                        self.hold(node, whole, Window(0, whole, 0, fd, info, whole=True))
                         held = True
                     return stop - offset
             finally:
                 if not held:
                     os.close(fd)
+        path, row = self._tree.object(node)
         return Miss(node, path, row.version, row.size, offset, stop, damaged)
+
+    def _find_out(self, node: int) -> tuple[str, int]:
+        """(ref, size) of a node. Raises IsADirectory, StaleObject, CatalogError."""
+        path, row = self._tree.object(node)
+        if row.directory:
+            raise IsADirectory(f"{path or '/'}: is a directory", path=path)
+        ref = version_ref(path, row.version)
+        self._refs.put(node, ref, row.size)
+        return ref, row.size
 
     def _looks(self) -> bool:
         """Whether the next file that is read whole must come in sight: all are compared with their keys that do."""

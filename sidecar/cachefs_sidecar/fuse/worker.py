@@ -32,6 +32,7 @@ from cachefs_sidecar.fuse.negotiation import Agreement
 from cachefs_sidecar.fuse.opens import Opens
 from cachefs_sidecar.fuse.passthrough import Passthrough
 from cachefs_sidecar.fuse.reading import Reading, Store
+from cachefs_sidecar.fuse.refs import Refs
 from cachefs_sidecar.fuse.session import Session
 from cachefs_sidecar.fuse.tree import Names, Tree
 
@@ -63,7 +64,10 @@ class Rooms:
 
 @dataclass(frozen=True)
 class Serving:
-    """What a worker serves. opens: the table of open files of a mount in passthrough, None = it is open-free."""
+    """What a worker serves. opens: the table of open files of a mount in passthrough, None = it is open-free.
+
+    refs: what the workers know together.
+    """
 
     cache: CacheConfig
     dataset: str
@@ -73,6 +77,7 @@ class Serving:
     gid: int
     rooms: Rooms
     opens: Path | None
+    refs: Refs
 
 
 class Worker:
@@ -84,7 +89,7 @@ class Worker:
         self._lock = threading.Lock()
         self._tree = Tree(serving.catalogs, serving.rooms.catalog, uid=serving.uid, gid=serving.gid)
         store = serving.rooms.store(serving.cache.dirs)
-        self._reading = Reading(self._tree, store, serving.dataset, through_pipe=True)
+        self._reading = Reading(self._tree, store, serving.dataset, through_pipe=True, refs=serving.refs)
         self._loop = uvloop.new_event_loop()
         self._misses = Misses(
             self._loop,
