@@ -12,11 +12,10 @@ import pytest
 
 from cachefs_sidecar.fuse import reply as reply_module
 from cachefs_sidecar.fuse import wire
-from cachefs_sidecar.fuse.reply import PAGE, Reply
+from cachefs_sidecar.fuse.reply import MOST_PIPED, PAGE, Reply
 from tests.kernel.mounting import drop_pages
 
-ROOM = 255 * PAGE
-SIZES = [1, 511, PAGE, PAGE + 1, 110_001, ROOM]
+SIZES = [1, 511, PAGE, PAGE + 1, 110_001, MOST_PIPED, MOST_PIPED + 1, (1 << 20) - 2 * PAGE]
 
 
 @pytest.fixture

@@ -144,7 +144,7 @@ def test_init_takes_what_is_offered_and_wanted() -> None:
     assert not agreement.opendir_free  # not offered
     assert len(reply) == 64
     major, minor, ahead, low, background, _, _, _, pages, _, high = struct.unpack_from("=IIIIHHIIHHI", reply)
-    assert (major, minor, ahead, background, pages) == (7, abi.MINOR, 131072, MAX_BACKGROUND, 255)
+    assert (major, minor, ahead, background, pages) == (7, abi.MINOR, 131072, MAX_BACKGROUND, 256)
     assert low | high << 32 == offered & ~Init.PASSTHROUGH
 
 

@@ -18,7 +18,7 @@ from cachefs_sidecar.fuse.abi import Init, Opcode
 
 # What is asked for when the kernel offers it:
 #   ASYNC_READ           several READs of one file in flight: a cold shard is read ahead while it is consumed.
-#   MAX_PAGES, BIG_WRITES  READs of 255 pages; without them 32 pages are the most.
+#   MAX_PAGES, BIG_WRITES  READs of 256 pages; without them 32 pages are the most.
 #   DO_READDIRPLUS       a listing brings the attributes along: whoever lists a dataset reads it next, and then every
 #                        open and stat is the kernel's own. Not READDIRPLUS_AUTO, which lists without attributes
 #                        until it sees a stat: measured on 200,000 files, `find` 1.1 s instead of 1.3 s, but
@@ -54,10 +54,7 @@ CONGESTION_THRESHOLD = MAX_BACKGROUND * 3 // 4
 
 # Nothing is written; this is the least the kernel accepts, and it keeps request buffers small.
 MAX_WRITE = 4096
-
-# Of one READ. 256 is the kernel's own limit, but a pipe of the size that everybody may have (1 MiB) must hold the
-# header of the reply too (reply.py).
-MAX_PAGES = 255
+MAX_PAGES = 256
 
 # The kernel sends INIT as soon as it has mounted; it answers at once or something is badly wrong.
 INIT_SECONDS = 10.0

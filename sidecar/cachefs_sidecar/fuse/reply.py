@@ -8,10 +8,15 @@ Nobody but the kernel needs to see the bytes, so they travel through a pipe: the
 kernel makes these the pages of the file in the mount (splice(2) with SPLICE_F_MOVE). Nothing is copied. CPU for a file
 of 110 KB, all of a minimal worker's (measured, 2 cores): through the page cache 110 us, O_DIRECT into a buffer 85 us
 and 5 to 10 more to look at the bytes, through a pipe 60 us.
+
+A whole MiB is another matter. As fresh pages it is 256 pieces, more than a disk takes at once (`max_segments`), and who
+reads a large file from end to end waits for it. In one piece of memory it is there sooner: 1 GiB from end to end at
+1,750 MB/s instead of 1,150, for half as much CPU again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -24,6 +29,12 @@ from cachefs_sidecar.fuse import wire
 from cachefs_sidecar.fuse.settling import Settling
 
 PAGE = mmap.PAGESIZE
+
+# In one piece for the disk, where the kernel grants it (transparent huge pages).
+LARGE_PAGE = 2 << 20
+
+# Of more than so many bytes the disk makes more in one piece than copying them costs.
+MOST_PIPED = 512 * 1024
 
 # cachestat(2), Linux 6.5: one number for every architecture.
 _CACHESTAT = 451
@@ -48,10 +59,10 @@ class Reply:
 
     def __init__(self, room: int, *, through_pipe: bool = False) -> None:
         # The payload begins on a page, as O_DIRECT wants it; the header ends right before.
-        memory = memoryview(mmap.mmap(-1, PAGE + room))
+        memory = _memory(room)
         self.buffer = memory[PAGE - wire.OUT_HEADER_BYTES :]
         self.payload = memory[PAGE:]
-        pipe = _Pipe(room) if through_pipe else None
+        pipe = _Pipe(min(room, MOST_PIPED)) if through_pipe else None
         self._pipe = pipe if pipe is not None and pipe.room else None
         self.settling = Settling()
         self._piped = False
@@ -139,23 +150,17 @@ class Reply:
 
 
 class _Pipe:
-    """room: the bytes that fit behind a header. 0 where this user may have no larger pipes."""
+    """room: the bytes that fit behind a header; less than asked for where this user may have no larger pipes."""
 
     def __init__(self, room: int) -> None:
-        self._open(-(-room // PAGE) * PAGE)
+        self._most = room
+        self._open()
 
-    def _open(self, size: int) -> None:
+    def _open(self) -> None:
         self._out, self._in = os.pipe()
-        self._size = 0
-        # A header takes a page to itself. The kernel rounds up to a power of two, and whoever lacks
-        # CAP_SYS_RESOURCE gets /proc/sys/fs/pipe-max-size at most, by default 1 MiB.
-        for wish in (size + PAGE, size):
-            try:
-                self._size = fcntl.fcntl(self._in, fcntl.F_SETPIPE_SZ, wish)
-                break
-            except OSError:
-                continue
-        self.room = max(0, self._size - PAGE)
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(self._in, fcntl.F_SETPIPE_SZ, self._most + PAGE)  # a header takes a page to itself
+        self.room = min(self._most, fcntl.fcntl(self._in, fcntl.F_GETPIPE_SZ) - PAGE)
 
     def fill(self, header: bytes, fd: int, position: int, length: int) -> bool:
         """False, and the pipe is empty, when the file cannot be spliced or is shorter. Raises OSError: EIO and such."""
@@ -187,7 +192,18 @@ class _Pipe:
     def renew(self) -> None:
         os.close(self._in)
         os.close(self._out)
-        self._open(self._size)
+        self._open()
+
+
+def _memory(room: int) -> memoryview:
+    """A page, and behind it `room` bytes, which begin on a large page."""
+    memory = mmap.mmap(-1, 2 * LARGE_PAGE + room)
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % LARGE_PAGE
+    if start < PAGE:
+        start += LARGE_PAGE
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE, start, -(-room // LARGE_PAGE) * LARGE_PAGE)
+    return memoryview(memory)[start - PAGE : start + room]
 
 
 def _goes_past_memory(fd: int) -> bool:
