@@ -436,6 +436,24 @@ def test_sequential_readers_are_read_ahead_of_and_random_ones_not(throttled, cac
     assert throttled.throttle.traffic().object_reads <= 9  # one more where the first answer was cut off
 
 
+def test_a_sequential_reader_never_waits_for_a_block_alone(throttled, cache_dir):
+    """It is told to ask again before it comes to the end of what is read ahead, and the window slides on, and grows
+    where that comes too late."""
+    blocks = 24
+    path = throttled.put("shard", bytes(blocks * BLOCK_SIZE))
+    throttled.throttle.set(latency=0.2)
+    connection = Connection(config(cache_dir), s3(throttled))
+    offset, asked = 0, 0
+    while offset < blocks * BLOCK_SIZE:
+        located = connection.need(path, size=blocks * BLOCK_SIZE, offset=offset, length=1 << 20)
+        os.close(located.fd)
+        assert located.stop > offset
+        offset, asked = located.stop, asked + 1
+    assert asked > blocks // 8
+    assert throttled.throttle.traffic().object_reads <= blocks + 1  # one more where the first answer was cut off
+    assert connection.status().status["memory"]["in_flight_most"] > 5 * BLOCK_SIZE
+
+
 def test_blocks_on_their_way_take_a_share_of_the_memory(tmp_path, cache_dir, monkeypatch):
     """However many readers wait, each for another block."""
     monkeypatch.setenv("CACHEFS_MEMORY", "1G")

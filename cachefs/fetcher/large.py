@@ -8,6 +8,7 @@ block is there, the object becomes a blob like any other. Blocks that cannot be 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -29,8 +30,9 @@ log = logging.getLogger("cachefs.fetcher")
 # Where bytes are: a whole blob, a block in transit, or (file, start, stop, size, version) of an incomplete object.
 Place = Stored | Transit | tuple[str, int, int, int, str]
 
-# Read-ahead of a sequential reader, in blocks: 32 MiB hides 50 ms of latency at 5 Gbit/s.
-AHEAD_BLOCKS = 4
+# Read-ahead of a sequential reader, in blocks: 32 MiB hides 50 ms of latency at 5 Gbit/s. Twice as much, up to the
+# most, each time that a block which is read ahead comes too late: the origin gives each connection less than that.
+AHEAD_BLOCKS, MOST_AHEAD_BLOCKS = 4, 16
 
 # Blocks of one object in flight at once when all of it is asked for: the same bound as read-ahead and its block.
 WHOLE_BLOCKS = 8
@@ -52,12 +54,16 @@ def silent(done: int, total: int) -> None:
 
 @dataclass
 class _Object:
-    """An object while its blocks come in. recent: the blocks asked for last, to see readers that go on from there."""
+    """An object while its blocks come in.
+
+    recent: the last blocks of what was asked for, and given, last: to see readers that go on from there. ahead: the blocks that are being read ahead. window: how many there may be.
+    """
 
     part: Part | None
     entry: Entry
     recent: deque[int] = field(default_factory=lambda: deque(maxlen=RECENT_BLOCKS))
-    ahead: set[asyncio.Task[object]] = field(default_factory=set)
+    ahead: dict[int, asyncio.Task[object]] = field(default_factory=dict)
+    window: int = AHEAD_BLOCKS
 
 
 class Moved(Exception):
@@ -105,9 +111,12 @@ class LargeObjects:
         at_its_beginning = last > first or request.offset - first * BLOCK_SIZE <= request.length
         sequential = at_its_beginning and first - 1 in subject.recent
         subject.recent.append(last)
-        passing = await self._blocks(attachment, subject, name, range(first, last + 1), FOREGROUND)
         if sequential:
+            if first in subject.ahead:
+                subject.window = min(2 * subject.window, MOST_AHEAD_BLOCKS)
+            # Before this one is here, so that the next ones are on their way while it is waited for.
             self._read_ahead(attachment, subject, name, last + 1)
+        passing = await self._blocks(attachment, subject, name, range(first, last + 1), FOREGROUND)
         if passing is not None:
             if passing.start <= request.offset:
                 return passing
@@ -118,6 +127,9 @@ class LargeObjects:
         if subject.part.complete and (stored := await self._finish(attachment, request, subject, name)):
             return stored
         start, stop = subject.part.run(*_span(first, last, entry.size))
+        if sequential:  # it asks again when half of what is read ahead is used up, and more is
+            stop = min(stop, block_range(last + subject.window // 2, entry.size)[1])
+        subject.recent.append((stop - 1) // BLOCK_SIZE)  # it reads up to there without asking
         return str(subject.part.path), start, stop, entry.size, entry.version
 
     async def _whole(
@@ -246,20 +258,15 @@ class LargeObjects:
 
     def _read_ahead(self, attachment: Attachment, subject: _Object, name: str, start: int) -> None:
         """Fetch the next blocks; owned by the object, cancelled at shutdown, errors left to whoever needs them."""
-        if subject.part is None or subject.ahead:
+        part = subject.part
+        if part is None:
             return
-        blocks = range(start, min(block_count(subject.entry.size), start + AHEAD_BLOCKS))
-        if not blocks:
-            return
-        task: asyncio.Task[object] = asyncio.create_task(self._blocks(attachment, subject, name, blocks, AHEAD))
-        subject.ahead.add(task)
-
-        def ended(task: asyncio.Task[object]) -> None:
-            subject.ahead.discard(task)
-            if not task.cancelled() and (error := task.exception()) is not None:
-                log.info("%s: read-ahead failed (%s); whoever reads there will try again", subject.entry.path, error)
-
-        task.add_done_callback(ended)
+        for block in range(start, min(block_count(subject.entry.size), start + subject.window)):
+            if block not in subject.ahead and not part.present(block):
+                coming = self._blocks(attachment, subject, name, range(block, block + 1), AHEAD)
+                task: asyncio.Task[object] = asyncio.create_task(coming)
+                subject.ahead[block] = task
+                task.add_done_callback(functools.partial(_ended, subject, block))
 
     async def _finish(self, attachment: Attachment, request: Need, subject: _Object, name: str) -> Stored | None:
         """Turn the complete part into a blob, once, and link it where this reader looks."""
@@ -292,7 +299,7 @@ class LargeObjects:
         return self._room.store.discard_part(name)
 
     async def close(self) -> None:
-        ahead = [task for subject in self._open.values() for task in subject.ahead]
+        ahead = [task for subject in self._open.values() for task in subject.ahead.values()]
         for task in ahead:
             task.cancel()
         await asyncio.gather(*ahead, return_exceptions=True)
@@ -307,3 +314,9 @@ def part_name(identity: str, path: str, version: str) -> str:
 
 def _span(first: int, last: int, size: int) -> tuple[int, int]:
     return block_range(first, size)[0], block_range(last, size)[1]
+
+
+def _ended(subject: _Object, block: int, task: asyncio.Task[object]) -> None:
+    subject.ahead.pop(block, None)
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.info("%s: read-ahead failed (%s); whoever reads there will try again", subject.entry.path, error)
