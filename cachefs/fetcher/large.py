@@ -56,7 +56,8 @@ def silent(done: int, total: int) -> None:
 class _Object:
     """An object while its blocks come in.
 
-    recent: the last blocks of what was asked for, and given, last: to see readers that go on from there. ahead: the blocks that are being read ahead. window: how many there may be.
+    recent: the last blocks of what was asked for, and of what was given, to see readers that go on from there. ahead:
+    the blocks that are being read ahead. window: how many there may be.
     """
 
     part: Part | None
