@@ -5,8 +5,9 @@
 
 It wraps any sampler or batch sampler and changes nothing of what comes out. As an epoch begins it takes the whole order
 of the epoch from the sampler, says it to the fetcher, and hands it out; what is announced is what is read, whatever the
-sampler. Where the next epoch follows from a seed (DistributedSampler) its order is announced in the middle of this one,
-so that its first batches are there when it begins. The workers take no part: any number, forked or spawned.
+sampler. Where the next epoch follows from a seed (DistributedSampler, samplers with a generator) its order is announced
+in the middle of this one, so that its first batches are there when it begins. The workers take no part: any
+number, forked or spawned.
 
 Frameworks that replace samplers: Lightning and Accelerate keep a hinted one. With use_seedable_sampler Accelerate puts
 another sampler into the batch sampler, so there it is the batch sampler that is hinted: `hinted(BatchSampler(...))`.
@@ -24,7 +25,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import Sampler
+import torch
+from torch.utils.data import BatchSampler, RandomSampler, Sampler, SubsetRandomSampler, WeightedRandomSampler
 from torch.utils.data.distributed import DistributedSampler
 
 from cachefs.errors import CacheFSError, PlanError
@@ -37,7 +39,10 @@ if TYPE_CHECKING:
 # Taken from the sampler at a time: an epoch of ImageNet and more. Endless samplers end here and go on.
 EPOCH_ITEMS = 1 << 22
 
-_OWN = frozenset({"_hinted", "_paths", "_where", "_label", "_consumer", "_place", "_given_up", "_next"})
+_OWN = frozenset({"_hinted", "_paths", "_where", "_label", "_consumer", "_place", "_given_up", "_next", "_draws"})
+
+# Samplers of torch whose only state is the generator that they were given.
+_DRAWING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
 def hinted(
@@ -74,6 +79,9 @@ class HintedSampler(Sampler[Any]):
         self._place: Place | None = None
         self._given_up = False
         self._next: tuple[int, array[int]] | None = None  # the order that was announced for item `number` on
+        # Numbers that somebody else draws from the generator between two epochs: a DataLoader that has the same one
+        # takes the seed of its workers from it. None: nobody knows, and the next epoch is not announced.
+        self._draws: int | None = 0
 
     def __iter__(self) -> Iterator[Any]:
         # A generator, so that nothing is drawn before the first item is asked for: DataLoader draws the seed of its
@@ -86,7 +94,8 @@ class HintedSampler(Sampler[Any]):
             if consumer is None:
                 yield from items
                 continue
-            ahead = len(items) // 2
+            # The middle of the last part: only there it is known from what state the next epoch starts.
+            ahead = len(items) // 2 if len(items) < EPOCH_ITEMS else -1
             for count, item in enumerate(items):
                 consumer.at(number)
                 number += len(item) if isinstance(item, list | tuple) else 1
@@ -112,6 +121,8 @@ class HintedSampler(Sampler[Any]):
             if self._next is not None and self._next[1] == order:
                 number, self._next = self._next[0], None
                 return number
+            if self._next is not None:
+                self._draws = 1 if self._draws == 0 else None
             self._next = None
             if self._consumer is None:
                 self._consumer = self._begin()
@@ -126,7 +137,7 @@ class HintedSampler(Sampler[Any]):
         consumer = self._consumer
         if consumer is None or self._given_up:
             return
-        following = _following(self._hinted)
+        following = _following(self._hinted, self._draws)
         if following is None:
             return
         try:
@@ -195,18 +206,27 @@ def _flat(items: list[Any], count: int) -> array[int]:
     return array("I", [n if 0 <= n < count else n + count if -count <= n < 0 else NO_NAME for n in numbers])
 
 
-def _following(sampler: Any) -> Iterable[Any] | None:
-    """A sampler that gives the next epoch's order and draws nothing from anybody's random numbers; None: unknown."""
+def _following(sampler: Any, draws: int | None) -> Iterable[Any] | None:
+    """A sampler that gives the next epoch's order and draws nothing from anybody's random numbers; None: unknown.
+
+    sampler: it was asked for the whole of this epoch. draws: see HintedSampler._draws.
+    """
     inner = getattr(sampler, "sampler", None)
-    if isinstance(inner, DistributedSampler):  # a batch sampler around it
+    if inner is not None and (type(sampler) is BatchSampler or isinstance(inner, DistributedSampler)):
+        within = _following(inner, draws)
         outer = copy.copy(sampler)
-        outer.sampler = _following(inner)
-        return outer  # type: ignore[no-any-return]
-    if not isinstance(sampler, DistributedSampler):
-        return None
+        outer.sampler = within
+        return None if within is None else outer
     following = copy.copy(sampler)
-    following.set_epoch(sampler.epoch + 1)
-    return following
+    if isinstance(sampler, DistributedSampler):
+        following.set_epoch(sampler.epoch + 1)
+        return following  # type: ignore[no-any-return]
+    if type(sampler) not in _DRAWING or sampler.generator is None or draws is None:
+        return None
+    following.generator = sampler.generator.clone_state()
+    for _ in range(draws):
+        torch.empty((), dtype=torch.int64).random_(generator=following.generator)
+    return following  # type: ignore[no-any-return]
 
 
 def _label_of(sampler: Any) -> str:

@@ -237,6 +237,39 @@ def test_the_next_epoch_is_announced_in_the_middle_of_this_one(
     consumer.close()
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("kind", ["random", "random, replaced", "weighted", "subset", "batches"])
+def test_the_next_epoch_of_a_generator_is_announced_too(kind: str, shared: bool, names: Any, fs: CacheFileSystem):
+    """shared: the loader has the generator too, and draws the seed of its workers from it: found out at the first
+    boundary, right from the second on."""
+    make: dict[str, Callable[[Any], Any]] = {
+        "random": lambda g: RandomSampler(DATA, generator=g),
+        "random, replaced": lambda g: RandomSampler(DATA, replacement=True, num_samples=100, generator=g),
+        "weighted": lambda g: WeightedRandomSampler([1.0 + n for n in DATA], COUNT, generator=g),
+        "subset": lambda g: SubsetRandomSampler(list(range(10, 50)), generator=g),
+        "batches": lambda g: BatchSampler(RandomSampler(DATA, generator=g), 7, drop_last=False),
+    }
+
+    def epochs(wrap: Callable[[Any], Any]) -> tuple[Any, list[list[int]], list[list[int]]]:
+        drawn = generator()
+        sampler = wrap(make[kind](drawn))
+        where = {"batch_sampler": sampler} if kind == "batches" else {"sampler": sampler, "batch_size": 4}
+        loader: Any = DataLoader(DATA, generator=drawn if shared else None, **where)
+        seen, said = [], []
+        for _ in range(4):
+            seen.append([int(n) for batch in loader for n in batch])
+            following = getattr(sampler, "_next", None)
+            said.append([] if following is None else following[1].tolist())
+        return sampler, seen, said
+
+    sampler, seen, said = epochs(lambda inner: cachefs.torch.hinted(inner, names, fs))
+    assert seen == epochs(lambda inner: inner)[1], "bit for bit what comes without hints"
+    right = [announced == came for announced, came in zip(said, seen[1:], strict=False)]
+    assert right == [not shared, True, True]
+    assert sampler._consumer.end == sampler._consumer.position + len(seen[0]), "the fourth announces the fifth"
+    sampler._consumer.close()
+
+
 def test_a_loop_that_is_left_early(names: Any, fs: CacheFileSystem):
     sampler: Any = cachefs.torch.hinted(SequentialSampler(names), names, fs)
     for number in sampler:
