@@ -5,9 +5,10 @@
 
 It wraps any sampler or batch sampler and changes nothing of what comes out. As an epoch begins it takes the whole order
 of the epoch from the sampler, says it to the fetcher, and hands it out; what is announced is what is read, whatever the
-sampler. Where the next epoch follows from a seed (DistributedSampler, samplers with a generator) its order is announced
-in the middle of this one, so that its first batches are there when it begins. The workers take no part: any
-number, forked or spawned.
+sampler. So an epoch that is left early has drawn all of its random numbers: with a generator the next order is then
+another one than without hints. Where the next epoch follows from a seed (DistributedSampler, samplers with a generator)
+its order is announced in the middle of this one, so that its first batches are there when it begins. The workers take
+no part: any number, forked or spawned.
 
 Frameworks that replace samplers: Lightning and Accelerate keep a hinted one. With use_seedable_sampler Accelerate puts
 another sampler into the batch sampler, so there it is the batch sampler that is hinted: `hinted(BatchSampler(...))`.
