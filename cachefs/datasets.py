@@ -1,18 +1,21 @@
 """What a cache knows of each dataset: one small JSON file, written by the fetcher, read by every reader.
 
 A reader needs the dataset's snapshot to name its refs, and must get it without asking anybody: a hit costs no
-message. The file's mtime is the time of last use, which decides what is evicted first; readers set it now and
-then (`touch`), because hits never reach the fetcher.
+message. What its user settled for the dataset (pinned or not) lies there too, so that no restart forgets it. The
+file's mtime is the time of last use, which decides what is evicted first; readers set it now and then (`touch`),
+because hits never reach the fetcher.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from cachefs.digest import dataset_id
 from cachefs.errors import StaleObject
@@ -20,12 +23,16 @@ from cachefs.errors import StaleObject
 # How often one process marks a dataset as used. Eviction compares datasets by hours, so a minute is exact enough.
 TOUCH_SECONDS = 60.0
 
+# A record is read, changed and written by a listing that ends and by a command, in threads of one fetcher.
+_writing = threading.RLock()
+
 
 @dataclass(frozen=True)
 class DatasetRecord:
     """identity and root: see ARCHITECTURE.md. snapshot: its id. catalog: file name below catalogs/<id>/, or "".
 
-    last_id: no inode number above it was ever given away in this dataset; 0 = not known.
+    last_id: no inode number above it was ever given away in this dataset; 0 = not known. pinned: nothing that is
+    stored of it is evicted to make room for other datasets.
     """
 
     identity: str
@@ -34,6 +41,7 @@ class DatasetRecord:
     catalog: str = ""
     url: str = ""
     last_id: int = 0
+    pinned: bool = False
 
     @property
     def id(self) -> str:
@@ -87,19 +95,41 @@ def _read(file: Path) -> DatasetRecord | None:
     try:
         raw = json.loads(file.read_bytes())
         texts = {k: str(raw[k]) for k in ("identity", "root", "snapshot", "catalog", "url")}
-        record = DatasetRecord(**texts, last_id=int(raw.get("last_id", 0)))  # came later than the others
+        # These came later than the others.
+        record = DatasetRecord(**texts, last_id=int(raw.get("last_id", 0)), pinned=raw.get("pinned") is True)
     except (OSError, ValueError, KeyError, TypeError):
         return None  # a lost record costs a listing, never a wrong answer: its refs cannot be named without it
     return record if file.name == f"{record.id}.json" else None
 
 
 def save(home: Path, record: DatasetRecord) -> None:
-    """Write the record, complete or not at all. Only the fetcher calls this."""
+    """Write the record, complete or not at all. Only the fetcher calls this. Raises OSError."""
     folder = _folder(home)
     folder.mkdir(mode=0o700, exist_ok=True)
     temporary = folder / f".{record.id}.{os.getpid()}"
-    temporary.write_text(json.dumps(asdict(record)))
-    os.replace(temporary, folder / f"{record.id}.json")
+    with _writing:
+        temporary.write_text(json.dumps(asdict(record)))
+        os.replace(temporary, folder / f"{record.id}.json")
+
+
+def update(home: Path, record: DatasetRecord, **changes: Any) -> DatasetRecord:
+    """Change these fields of the dataset's record as it is on disk by now, and no others; the new record.
+
+    `record` is what the caller knows, which may be hours old (a listing takes long), and counts only where there is
+    none. To settle something about a dataset is no use of it. Only the fetcher calls this. Raises OSError.
+    """
+    with _writing:
+        used = last_use(home, record.id)
+        new = replace(load(home, record.identity, record.root) or record, **changes)
+        save(home, new)
+        if used:
+            os.utime(_folder(home) / f"{record.id}.json", (used, used))
+    return new
+
+
+def pinned(home: Path) -> frozenset[str]:
+    """Ids of the datasets that are pinned."""
+    return frozenset(record.id for record in load_all(home) if record.pinned)
 
 
 def remove(home: Path, record: DatasetRecord) -> None:

@@ -126,10 +126,21 @@ class Warm(Request, frozen=True, tag=True, kw_only=True):
 
 
 class Evict(Request, frozen=True, tag=True, kw_only=True):
-    """Drop what is stored of the dataset below `path`. Progress..., then Done."""
+    """Drop what is stored of the dataset below `path`. Progress..., then Done. force: also of what is pinned."""
 
     attachment: int
     path: str
+    force: bool = False
+
+
+class Pin(Request, frozen=True, tag=True, kw_only=True):
+    """Never evict what is stored of a dataset (its id) to make room for others, or do so again. Answered with Done.
+
+    It needs no attachment: nothing is asked of the origin, and whoever pins a dataset does not use it.
+    """
+
+    dataset: str
+    pinned: bool
 
 
 class Announce(Request, frozen=True, tag=True, kw_only=True):
@@ -287,6 +298,7 @@ AnyRequest = (
     | Refresh
     | Warm
     | Evict
+    | Pin
     | Announce
     | Plan
     | Withdraw

@@ -62,7 +62,7 @@ def test_help_teaches_every_command(cachefs: CommandLine) -> None:
     text = cachefs("--help").ok().out
     commands = re.findall(r"^  (\w+)  +\S", text.split("Commands:")[1], re.MULTILINE)
     wanted = {"mount", "umount", "warm", "status", "verify", "evict", "refresh", "doctor", "demo", "stop"}
-    wanted |= {"restart", "hint"}
+    wanted |= {"restart", "hint", "pin", "unpin"}
     assert wanted == set(commands)
     assert "Exit codes" in text
     for command in commands:
@@ -279,6 +279,40 @@ def test_evict_gives_the_space_back(cachefs: CommandLine, tree: Path) -> None:
     assert middle == before - part["bytes_freed"]
     cachefs("evict", tree).ok()
     assert cachefs("status", "--json").ok().json["cache"]["used"] == 0
+
+
+def test_a_pinned_dataset_is_evicted_only_by_force_and_stays_pinned(cachefs: CommandLine, tree: Path) -> None:
+    cachefs("warm", tree, "--pin").ok()
+    assert cachefs("status", "--json").ok().json["datasets"][0]["pinned"] is True
+    assert ", pinned" in cachefs("status").ok().out
+    for part in (tree, tree / "val", tree.parent):
+        cachefs("evict", part).failed(2, str(tree), "pinned", "cachefs unpin", "--force")
+    assert cachefs("evict", tree / "val", "--force", "--json").ok().json["objects"] == 10
+    assert cachefs("pin", tree, "--json").ok().json["changed"] is False
+    assert cachefs("unpin", tree, "--json").ok().json == {
+        "origin": str(tree), "root": str(tree), "pinned": False, "changed": True
+    }  # fmt: skip
+    assert "not pinned" in cachefs("unpin", tree).ok().out
+    assert "pinned" in cachefs("pin", tree).ok().out
+    cachefs("stop").ok()
+    cachefs("evict", tree).failed(2, "pinned")
+    cachefs("unpin", tree).ok()
+    assert cachefs("evict", tree, "--json").ok().json["objects"] == 10
+
+
+def test_a_list_of_a_new_dataset_is_pinned_too(cachefs: CommandLine, tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "names").write_text("val/00.jpg\n")
+    cachefs("warm", tree, "--list", tmp_path / "names", "--pin").ok()
+    assert cachefs("status", "--json").ok().json["datasets"][0]["pinned"] is True
+
+
+@pytest.mark.needs_fuse
+def test_a_mount_is_pinned_by_its_path(cachefs: CommandLine, tree: Path, mnt: Path) -> None:
+    cachefs("mount", tree, mnt).ok()
+    assert cachefs("pin", mnt, "--json").ok().json["root"] == str(tree)
+    cachefs("pin", mnt, "-d", tree).failed(2, "--cache-dir")
+    cachefs("unpin", mnt).ok()
+    cachefs("umount", mnt).ok()
 
 
 def test_evict_of_what_is_not_cached_says_what_is(cachefs: CommandLine, photos: ThrottledBucket) -> None:

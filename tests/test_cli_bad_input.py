@@ -69,6 +69,10 @@ def mnt(tmp_path: Path) -> Path:
         (["mount", "s3://bucket", "/mnt", "--workers", "0"], ["--workers"]),
         (["evict", "s3://bucket"], ["knows no such dataset", "cachefs status"]),
         (["refresh", "s3://bucket"], ["knows no such dataset"]),
+        (["pin", "s3://bucket"], ["knows no such dataset", "cachefs status"]),
+        (["unpin", "s3://bucket"], ["knows no such dataset"]),
+        (["pin", ""], ["ORIGIN is empty"]),
+        (["pin"], ["ORIGIN"]),
         (["status", "--skipped", "s3://bucket"], ["knows no such dataset"]),
     ],
 )
@@ -124,6 +128,14 @@ def test_lists_that_are_no_lists(cachefs: CommandLine, tree: Path, tmp_path: Pat
     done = cachefs("warm", tree, "--list", listing, "--json")
     assert (done.code, done.json["objects"], done.json["failed"]) == (1, 1, 2000)
     assert "1,990 more" in cachefs("warm", tree, "--list", listing).said
+
+
+def test_what_is_pinned_is_a_whole_dataset(cachefs: CommandLine, tree: Path) -> None:
+    cachefs("warm", tree).ok()
+    cachefs("pin", tree / "a.jpg").failed(2, "is part of the dataset", str(tree))
+    cachefs("pin", tree.parent).failed(2, "holds", str(tree))
+    cachefs("pin", "/proc").failed(4, "not a mount of cachefs")
+    assert cachefs("status", "--json").ok().json["datasets"][0]["pinned"] is False
 
 
 def test_defects_of_ours_are_one_line_too(cachefs: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from cachefs.client.session import Session
 from cachefs.config import CacheConfig
 from cachefs.digest import BLOCK_SIZE, version_ref
 from cachefs.errors import (
+    ConfigError,
     ObjectNotFound,
     OriginAccessDenied,
     OriginUnreachable,
@@ -262,6 +263,64 @@ def test_an_idle_dataset_gives_room(bucket, cache_dir):
     counters = second.status().status["counters"]
     assert counters["evicted_bytes"] > 0
     assert counters["streamed"] == 0
+
+
+def test_a_pinned_dataset_gives_no_room_and_the_pin_survives_what_comes(bucket, cache_dir):
+    """kill -9, a refresh that began before it was pinned, and the next fetcher."""
+    a = {bucket.put(f"a/{n}", content(n)): content(n) for n in range(10)}
+    b = {bucket.put(f"b/{n}", content(n + 100)): content(n + 100) for n in range(10)}
+    settings = config(cache_dir, size=12 * 53248)
+    first = Connection(settings, s3(bucket, root=f"{bucket.name}/a"))
+    first.make_catalog()
+    dataset = first.attach().dataset
+    first.warm()
+    assert (first.pin(dataset).count, first.pin(dataset).count) == (1, 0)
+    first.make_catalog(refresh=True)
+    os.kill(pid_of(cache_dir), signal.SIGKILL)
+    first.close()
+    second = Connection(settings, s3(bucket, root=f"{bucket.name}/b"))
+    for path, data in b.items():
+        assert read(second, path) == data
+    counters = second.status().status["counters"]
+    assert (counters["evicted_bytes"], counters["streamed"]) == (0, 8)
+    entries = first.entries(f"{bucket.name}/a")
+    files = {Reader((cache_dir,)).file(dataset, version_ref(entry.path, entry.version)) for entry in entries}
+    assert None not in files
+    assert len(files) == len(a)
+    first.close()
+    wait_until(lambda: second.status().status["connections"] == 1)
+    second.pin(dataset, False)
+    for n in range(3):  # others than those that passed through just now
+        assert read(second, bucket.put(f"b/new{n}", content(n + 200))) == content(n + 200)
+    assert second.status().status["counters"]["evicted_bytes"] > 0
+
+
+def test_what_a_refresh_replaced_of_a_pinned_dataset_goes_for_itself_and_not_for_others(bucket, cache_dir):
+    for n in range(5):
+        bucket.put(f"a/{n}", content(n))
+    settings = config(cache_dir, size=6 * 53248)
+    first = Connection(settings, s3(bucket, root=f"{bucket.name}/a"))
+    first.make_catalog()
+    first.warm()
+    first.pin(first.attach().dataset)
+    for n in range(5):
+        bucket.put(f"a/{n}", content(n + 100))
+    first.make_catalog(refresh=True)
+    second = Connection(settings, s3(bucket, root=f"{bucket.name}/b"))
+    for n in range(3):
+        assert read(second, bucket.put(f"b/{n}", content(n + 200))) == content(n + 200)
+    counters = second.status().status["counters"]
+    assert (counters["evicted_bytes"], counters["streamed"]) == (0, 2)
+    first.warm()
+    counters = second.status().status["counters"]
+    assert (counters["evicted_bytes"] > 0, counters["streamed"]) == (True, 2)
+
+
+def test_a_pin_of_what_is_not_known_is_an_error(cache_dir):
+    connection = Connection(config(cache_dir), None)
+    for dataset in ("0" * 32, "../../etc/passwd", ""):
+        with pytest.raises(ConfigError, match="warm it first"):
+            connection.pin(dataset)
 
 
 def test_damage_is_noticed_and_mended(throttled, cache_dir):

@@ -54,13 +54,15 @@ def cachefs(
 
 
 def _add_commands() -> None:
-    from cachefs.cli import doctor, evict, hint, refresh, status, stop, verify, warm
+    from cachefs.cli import doctor, evict, hint, pin, refresh, status, stop, verify, warm
 
     app.command("warm")(warm.warm)
     app.command("hint")(hint.hint)
     app.command("status")(status.status)
     app.command("verify")(verify.verify)
     app.command("evict")(evict.evict)
+    app.command("pin")(pin.pin)
+    app.command("unpin")(pin.unpin)
     app.command("refresh")(refresh.refresh)
     app.command("doctor")(doctor.doctor)
     app.command("stop")(stop.stop)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from contextlib import closing
+from typing import Annotated
+
+import typer
 
 from cachefs.cli.options import CacheDirOption, JsonOption, OriginArgument, OriginOptionOption
 from cachefs.cli.output import count, progress_bar, say, say_json
@@ -14,12 +17,14 @@ def evict(
     origin: OriginArgument,
     cache_dir: CacheDirOption = None,
     origin_option: OriginOptionOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Also what is pinned. It stays pinned.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Drop what is cached of ORIGIN, to make room.
 
     Nothing changes at the origin, and a mount of it goes on: what is read again is fetched again. The
     list of names stays. The cache makes room by itself when it is full; evict is for when you know better.
+    Of a dataset that is pinned nothing is dropped, and that is an error, unless you say --force.
 
     \b
       cachefs evict s3://bucket/imagenet
@@ -30,7 +35,7 @@ def evict(
     if not known:
         raise target.unknown()
     with closing(target.connect(known[0].root)) as connection, progress_bar(f"Evicting {target.url}") as show:
-        done = connection.evict(target.path, progress=show)
+        done = connection.evict(target.path, force=force, progress=show)
     if as_json:
         say_json({"origin": target.url, "objects": done.count, "bytes_freed": done.bytes})
     else:

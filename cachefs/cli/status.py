@@ -134,6 +134,7 @@ def _dataset(config: CacheConfig, record: DatasetRecord) -> dict[str, Any]:
         "root": record.root,
         "snapshot": record.snapshot,
         "last_use": datasets.last_use(config.home, record.id),
+        "pinned": record.pinned,
         "catalog": str(datasets.catalog_file(config.home, record) or ""),
         "problem": "",
     }
@@ -237,6 +238,7 @@ def _dataset_lines(found: Sequence[dict[str, Any]]) -> list[str]:
             when = f"listed {time.strftime('%Y-%m-%d %H:%M', time.localtime(d['listed']))}"
         else:
             what, when = d["problem"] or "not listed", ""
+        what += ", pinned" if d["pinned"] else ""
         used = f"used {ago(d['last_use'])}" if d["last_use"] else ""
         rows.append((printable(d["root"]) or "(everything)", d["origin"], what, used, when))
     return ["datasets:", *table(rows)]

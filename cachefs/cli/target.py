@@ -100,6 +100,12 @@ class Target:
             snapshot=snapshot,
         )
 
+    def connect_to_cache(self) -> Connection:
+        """To the fetcher, for what asks nothing of the origin and is no use of the dataset."""
+        from cachefs.client import Connection
+
+        return Connection(self.config, None)
+
     def connect(self, root: str) -> Connection:
         """To the fetcher, for the dataset `root` of this origin."""
         from cachefs.client import Connection

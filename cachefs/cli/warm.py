@@ -54,6 +54,9 @@ def warm(
     null: Annotated[
         bool, typer.Option("--null", "-0", help="Names in --list end with NUL, not newline (as from find -print0).")
     ] = False,
+    pin: Annotated[
+        bool, typer.Option("--pin", help="Pin the dataset too: it is not evicted for others (see cachefs pin).")
+    ] = False,
     cache_dir: CacheDirOption = None,
     size: SizeOption = None,
     min_free: MinFreeOption = None,
@@ -68,6 +71,7 @@ def warm(
 
     \b
       cachefs warm s3://bucket/imagenet
+      cachefs warm s3://bucket/validation --pin
       cachefs warm s3://bucket/imagenet --list epoch-0.txt
       head -100 names.txt | cachefs warm s3://bucket/imagenet --list -
       cachefs warm s3://bucket/imagenet -o endpoint_url=http://minio:9000 -o key=@key.txt -o secret=@env:SECRET
@@ -87,12 +91,18 @@ def warm(
         else:
             paths, missing = listed(target, record, names)
             total = len(paths)
+        # Before it is fetched, so that nobody takes the room meanwhile; a dataset that nothing is known of has no
+        # record to write that into until something of it is stored.
+        if pin and (known := names is None or record is not None):
+            connection.pin(connection.attach().dataset)
         with progress_bar(f"Warming {target.url}") as show:
             result = _fetch(connection, paths, total, show)
+        if pin and not known:
+            connection.pin(connection.attach().dataset)
     result.objects += len(missing)
     result.failures += len(missing)
     result.failed += missing
-    _say_result(target, result, as_json)
+    _say_result(target, result, pin, as_json)
     if result.failures:
         raise exits.Unfinished(exits.FAILURES)
 
@@ -179,13 +189,14 @@ def _after(objects: int, size: int, total: int, show: OnProgress) -> OnProgress:
     return shifted
 
 
-def _say_result(target: Target, result: Warmed, as_json: bool) -> None:
+def _say_result(target: Target, result: Warmed, pinned: bool, as_json: bool) -> None:
     if as_json:
         say_json(
             {
                 "origin": target.url,
                 "objects": result.fetched,
                 "bytes": result.bytes,
+                "pinned": pinned,
                 "failed": result.failures,
                 "failures": [{"path": path, "reason": reason} for path, reason in result.failed],
             }
@@ -193,7 +204,7 @@ def _say_result(target: Target, result: Warmed, as_json: bool) -> None:
         return
     size = f", {format_size(result.bytes)}" if result.bytes else ""  # unknown where there is no list of names
     failed = f"; {result.failures:,} failed" if result.failures else ""
-    say(f"{target.url}: {count(result.fetched, 'object')}{size}{failed}")
+    say(f"{target.url}: {count(result.fetched, 'object')}{size}{failed}{'; pinned' if pinned else ''}")
     say_failures(result.failed, result.failures, "failed")
 
 

@@ -40,6 +40,7 @@ from cachefs.messages import (
     MakeCatalog,
     Need,
     Page,
+    Pin,
     Progress,
     Ready,
     Refresh,
@@ -144,8 +145,12 @@ class Connection:
     def warm(self, paths: list[str] | None = None, *, progress: OnProgress | None = None) -> Done:
         return self._call(lambda a, i: Warm(id=i, attachment=a.attachment, paths=paths), Done, progress)[0]
 
-    def evict(self, path: str, *, progress: OnProgress | None = None) -> Done:
-        return self._call(lambda a, i: Evict(id=i, attachment=a.attachment, path=path), Done, progress)[0]
+    def evict(self, path: str, *, force: bool = False, progress: OnProgress | None = None) -> Done:
+        return self._call(lambda a, i: Evict(id=i, attachment=a.attachment, path=path, force=force), Done, progress)[0]
+
+    def pin(self, dataset: str, pinned: bool = True) -> Done:
+        """dataset: its id. The count of the answer is 0 when it was so already."""
+        return self._call(lambda _, i: Pin(id=i, dataset=dataset, pinned=pinned), Done)[0]
 
     def verify(self, *, progress: OnProgress | None = None) -> Done:
         return self._call(lambda _, i: Verify(id=i), Done, progress)[0]

@@ -11,7 +11,7 @@ from typing import Any
 from cachefs import datasets
 from cachefs.catalog import Catalog
 from cachefs.digest import snapshot_ref, version_ref
-from cachefs.errors import CacheFSError, FetcherError
+from cachefs.errors import CacheFSError, ConfigError, FetcherError
 from cachefs.fetcher.attachments import Attachment
 from cachefs.fetcher.index import Known
 from cachefs.fetcher.lanes import BACKGROUND
@@ -86,11 +86,23 @@ class Chores:
                 yield path, entry.version, entry.size
 
     async def evict(self, request: Evict, attachment: Attachment, send: Send) -> None:
+        if not request.force:
+            self._refuse_pinned(attachment, request.path)
         tally = Tally("objects")
         self._room.index.flush()
         async with heartbeat(request.id, tally, send):
             await self._in_thread(self._evict_below(attachment, request.path), tally)
         send(Done(id=request.id, count=tally.done, bytes=tally.bytes))
+
+    def _refuse_pinned(self, attachment: Attachment, path: str) -> None:
+        """Raises ConfigError when anything of a pinned dataset would go."""
+        for record in datasets.load_all(self._room.config.home):
+            below = not path or record.root == path or record.root.startswith(path + "/")
+            if record.pinned and record.identity == attachment.identity and (below or record.covers(path)):
+                raise ConfigError(
+                    f"{record.root or record.url}: is pinned, so nothing was dropped; `cachefs unpin` it first, "
+                    "or say --force"
+                )
 
     def _evict_below(self, attachment: Attachment, path: str) -> Iterator[int]:
         """Drops refs one by one; yields the bytes each gave back."""

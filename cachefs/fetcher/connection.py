@@ -34,6 +34,7 @@ from cachefs.messages import (
     List,
     MakeCatalog,
     Need,
+    Pin,
     Plan,
     Progress,
     Refresh,
@@ -180,7 +181,7 @@ class Connection:
             case Shutdown():
                 self.reply(Done(id=request.id))
                 service.over.set()
-            case List() | MakeCatalog() | Refresh() | Warm() | Evict() | Verify():
+            case List() | MakeCatalog() | Refresh() | Warm() | Evict() | Pin() | Verify():
                 of = getattr(request, "attachment", None)
                 await service.jobs.run(request, None if of is None else self._attachment(of), self.reply)
             case _:

@@ -7,20 +7,24 @@ from cachefs.fetcher.attachments import Attachment
 from cachefs.fetcher.chores import Chores, Discard, Fetch
 from cachefs.fetcher.naming import Naming
 from cachefs.fetcher.objects import Room
+from cachefs.fetcher.settling import Settling
 from cachefs.fetcher.tally import Send
-from cachefs.messages import Evict, List, MakeCatalog, Refresh, Request, Verify, Warm
+from cachefs.messages import Evict, List, MakeCatalog, Pin, Refresh, Request, Verify, Warm
 
 
 class Jobs:
     def __init__(self, room: Room, fetch: Fetch, discard: Discard) -> None:
         self._naming = Naming(room)
+        self._settling = Settling(room)
         self._chores = Chores(room, fetch, discard)
 
     async def run(self, request: Request, attachment: Attachment | None, send: Send) -> None:
         """Do what `request` asks and send its replies. Raises CacheFSError."""
-        if isinstance(request, Verify):
-            await self._chores.verify(request, send)
-            return
+        match request:
+            case Verify():
+                return await self._chores.verify(request, send)
+            case Pin():
+                return await self._settling.pin(request, send)
         assert attachment is not None
         match request:
             case List():
@@ -35,3 +39,4 @@ class Jobs:
                 await self._chores.evict(request, attachment, send)
             case _:
                 raise FetcherError(f"no such work: {type(request).__name__}")
+        return None

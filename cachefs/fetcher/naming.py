@@ -7,7 +7,6 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from cachefs import datasets
@@ -107,8 +106,7 @@ class Naming:
         catalog.close()
         os.replace(folder / "new.sqlite", folder / f"{snapshot}.sqlite")
         changed = snapshot != record.snapshot
-        record = replace(record, snapshot=snapshot, catalog=f"{snapshot}.sqlite", last_id=last_id)
-        datasets.save(home, record)
+        record = datasets.update(home, record, snapshot=snapshot, catalog=f"{snapshot}.sqlite", last_id=last_id)
         hold.forget_old(folder, current=record.catalog)
         return record, changed
 
@@ -126,8 +124,7 @@ class Naming:
         if record.catalog:
             raise FetcherError(f"{record.root}: has a catalog; refresh it with MakeCatalog")
         generation = int(record.snapshot[1:]) + 1 if record.snapshot[1:].isdigit() else 1
-        record = replace(record, snapshot=f"g{generation}")
-        datasets.save(self._room.config.home, record)
+        record = datasets.update(self._room.config.home, record, snapshot=f"g{generation}")
         attachment.record, attachment.snapshot = record, record.snapshot
         send(Done(id=request.id))
 

@@ -315,9 +315,10 @@ class Objects:
 
     def _may_go(self, wanted_by: str) -> Iterator[tuple[str, str]]:
         room = self.room
-        yield from superseded.take(room.config.home)
+        pinned = datasets.pinned(room.config.home)
+        yield from superseded.take(room.config.home, kept=pinned - {wanted_by})
         candidates = [
-            Candidate(d, datasets.last_use(room.config.home, d), room.attachments.in_use(d))
+            Candidate(d, datasets.last_use(room.config.home, d), room.attachments.in_use(d), d in pinned)
             for d in room.store.datasets()
         ]
         for dataset in victims(candidates, wanted_by):

@@ -7,7 +7,7 @@ One text file per refreshed dataset beside its record, a ref per line. Losing it
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 from cachefs.catalog import Catalog, changes
@@ -37,9 +37,11 @@ def note(home: Path, dataset: str, old: Catalog, new: Catalog) -> int:
     return count
 
 
-def take(home: Path) -> Iterator[tuple[str, str]]:
-    """(dataset, ref) of everything superseded; a file is gone once all its lines were taken."""
+def take(home: Path, *, kept: Container[str] = ()) -> Iterator[tuple[str, str]]:
+    """(dataset, ref) of everything superseded but of `kept` datasets; a file is gone once all its lines were taken."""
     for file in sorted((home / "datasets").glob("*.superseded")):
+        if file.stem in kept:
+            continue
         with file.open(encoding="ascii") as lines:
             for line in lines:
                 yield file.stem, line.strip()
