@@ -49,7 +49,7 @@ def unfit(kind: type[Contender]) -> str:
         return "the workloads are files of given sizes"
     if not kind.cached:
         return "it has no cache"
-    return "" if kind.loader == Contender.loader else "the loader is the benchmark's"
+    return "" if kind.hints or kind.loader == Contender.loader else "the loader is the benchmark's"
 
 
 def measure(ground: Ground, entrants: Mapping[str, Entrant], findings: Findings) -> None:
@@ -61,7 +61,7 @@ def measure(ground: Ground, entrants: Mapping[str, Entrant], findings: Findings)
         "everything is in the contender's cache on the disk, and the page cache is dropped before each run: what a run "
         "reads twice, it reads from memory the second time; one sample per file",
         "workers take the digest of each sample, as a decoder would touch its bytes; it is compared after the run",
-        "hints off: nothing tells the storage what comes next",
+        "hints on: the sampler says its order to the fetcher; otherwise nothing tells what comes next",
     ]
     chosen = [workload for workload in WORKLOADS if workload.name in ground.plan.workloads]
     datasets = [ground.blobs(workload.name, workload.files, workload.sample) for workload in chosen]

@@ -25,6 +25,8 @@ LEAST = 64
 
 
 def unfit(kind: type[Contender]) -> str:
+    if kind.hints:
+        return "hints are compared where accelerators are kept busy"
     return "" if kind.cached else "it has no cache: the number of its requests at a time is what counts, see epochs"
 
 

@@ -13,6 +13,7 @@ CONTENDERS = {
     "native": "bench.contenders.native:Native",
     "mount": "bench.contenders.cachefs_mount:Mount",
     "passthrough": "bench.contenders.cachefs_mount:Passthrough",
+    "hinted": "bench.contenders.hinted_mount:HintedMount",
     "url": "bench.contenders.through_fsspec:Url",
     "simplecache": "bench.contenders.through_fsspec:Simplecache",
     "filecache": "bench.contenders.through_fsspec:Filecache",
@@ -29,7 +30,7 @@ CONTENDERS = {
 }
 
 # Which of them are this project, and which is the limit rather than a rival.
-OURS = ("mount", "passthrough", "url", "torchdata")
+OURS = ("mount", "passthrough", "hinted", "url", "torchdata")
 LIMIT = "native"
 
 

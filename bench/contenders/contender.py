@@ -67,6 +67,7 @@ class Contender:
 
     title: in tables. settings: how it is set up, for the report. form: which form of the dataset it reads ("files", or
     that of its own). cached: it keeps what it read. bounded: it can be told how much. packages: what it needs of PyPI.
+    loader: the class or function of its DataLoader. hints: it says the loader's order to the storage.
     """
 
     title: ClassVar[str]
@@ -76,6 +77,7 @@ class Contender:
     bounded: ClassVar[bool] = False
     packages: ClassVar[tuple[str, ...]] = ()
     loader: ClassVar[str] = "torch.utils.data:DataLoader"
+    hints: ClassVar[bool] = False
 
     def __init__(self, place: Place) -> None:
         self.place = place
