@@ -158,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"only this one, and only comparisons; may be repeated; {', '.join(CONTENDERS)}, or module:Class of yours",
     )
-    add("--quick", action="store_true", help="smaller, coarser, with fewer contenders: under three minutes")
+    add("--quick", action="store_true", help="smaller, coarser, with fewer contenders: some minutes")
     add("--files", type=_positive, help="files that are read for our own goals")
     add("--names", type=_positive, help="names of the large dataset")
     add("--found", type=_positive, help="names that find looks for, native files as many")
