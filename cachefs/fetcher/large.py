@@ -119,6 +119,8 @@ class LargeObjects:
             self._read_ahead(attachment, subject, name, last + 1)
         passing = await self._blocks(attachment, subject, name, range(first, last + 1), FOREGROUND)
         if passing is not None:
+            # What cannot be stored waits in memory, where there is room for few blocks: more would be fetched twice.
+            subject.window = AHEAD_BLOCKS // 2
             if passing.start <= request.offset:
                 return passing
             last = passing.start // BLOCK_SIZE - 1  # what comes before is stored; the reader asks again from there on
@@ -130,7 +132,8 @@ class LargeObjects:
         start, stop = subject.part.run(*_span(first, last, entry.size))
         if sequential:  # it asks again when half of what is read ahead is used up, and more is
             stop = min(stop, block_range(last + subject.window // 2, entry.size)[1])
-        subject.recent.append((stop - 1) // BLOCK_SIZE)  # it reads up to there without asking
+        if stop > start:
+            subject.recent.append((stop - 1) // BLOCK_SIZE)  # it reads up to there without asking
         return str(subject.part.path), start, stop, entry.size, entry.version
 
     async def _whole(
