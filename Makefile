@@ -12,6 +12,8 @@ CONTENDERS := .venv-bench
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 ARGS :=
+# Processes that share the tests. They mostly wait: two take half the time of one, and need no more than two cores.
+JOBS := 2
 
 help: ## what there is to make
 	@echo "make demo    the main job on this machine: S3 -> cache -> PyTorch, in about two minutes"
@@ -25,8 +27,8 @@ help: ## what there is to make
 demo: $(VENV)/demo.stamp system
 	@$(BIN)/python -m cachefs_sidecar.demo $(ARGS)
 
-test: check system
-	$(BIN)/python -m pytest $(ARGS)
+test: check system servers
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 check: $(VENV)/test.stamp
 	$(BIN)/ruff check .
@@ -59,6 +61,15 @@ system:
 	test -z "$$missing" || $(call apt_install,$$missing) || \
 	  echo "cachefs: without the Debian packages$$missing some parts are left out; to have them: sudo apt-get install$$missing" >&2
 
+# What tests ask who is in a cluster. Debian starts etcd when it is installed, so where there is systemd its owner decides.
+servers:
+	@missing=""; \
+	command -v etcd >/dev/null || missing="$$missing etcd-server"; \
+	compgen -G "/usr/lib/*/faketime/libfaketimeMT.so.1" >/dev/null || missing="$$missing libfaketime"; \
+	command -v dnsmasq >/dev/null || test -x /usr/sbin/dnsmasq || missing="$$missing dnsmasq-base"; \
+	test -z "$$missing" || { test ! -d /run/systemd/system && $(call apt_install,$$missing); } || \
+	  echo "cachefs: without the Debian packages$$missing some tests are skipped; to have them: sudo apt-get install$$missing" >&2
+
 # Installs packages when it may; false when it may not or cannot. apt's own words appear only when it fails.
 define apt_install
 { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && log="$$(mktemp)" && \
@@ -87,5 +98,5 @@ $(VENV)/%.stamp: pyproject.toml | $(VENV)/created
 	  { echo "cachefs: pip could not install the packages above; is a package registry reachable?" >&2; exit 1; }
 	@touch $@
 
-.PHONY: help demo test check bench micro clean system
+.PHONY: help demo test check bench micro clean servers system
 .SECONDARY:

@@ -28,10 +28,13 @@ from bench.contenders import CONTENDERS, load
 from bench.outcome import Outcome, WrongBytes
 from bench.plan import QUICK, Plan
 from bench.scenarios import SCENARIOS
+from bench.scenarios.cluster import ROWS
 from bench.stage import LARGEST, Stage, Unusable, part, stage
 from cachefs.errors import CacheFSError
 
 RESULTS = Path(__file__).parent / "results"
+
+EVERYTHING = (*SCENARIOS, *COMPARISONS)
 
 # Of a catalog, and of what is sorted while it is made.
 BYTES_PER_NAME = 400
@@ -45,14 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan = QUICK if options.quick else Plan()
     given = {
         name: getattr(options, name)
-        for name in ("files", "names", "found", "kills")
+        for name in ("files", "objects", "trained_steps", "names", "found", "kills", "shared", "shared_nodes")
         if getattr(options, name) is not None
     }
     if options.shard is not None:
         given["shard"] = options.shard << 20
     if options.rounds is not None:
         given |= {name: options.rounds for name in vars(plan) if name.endswith("rounds")}
-    plan = replace(plan, **given)
+    plan = replace(plan, **given, rows=tuple(options.row or ()))
     terminal = Console(stderr=True)
     before = signal.signal(signal.SIGTERM, _end)  # as Ctrl-C: everything is taken away again
     try:
@@ -75,14 +78,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report.show(console, environment, outcomes)
         report.show_findings(console, all_findings)
     terminal.print(f"Written: {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
+    if plan.scenarios and not options.scenario:
+        others = ", ".join(name for name in EVERYTHING if name not in plan.scenarios)
+        terminal.print(f"Left out by --quick: {others}; --scenario NAME runs one", highlight=False, soft_wrap=True)
     return 0 if result["correct"] else 1
 
 
 def _run(
     options: argparse.Namespace, plan: Plan, terminal: Console
 ) -> tuple[dict[str, object], dict[str, Outcome], dict[str, Findings]]:
-    """What was asked for: by default everything, and with --contender only what has contenders."""
-    asked = options.scenario or [*(() if options.contender else SCENARIOS), *COMPARISONS]
+    """What was asked for: by default all of the plan, and with --contender only what has contenders."""
+    asked = options.scenario or [
+        name
+        for name in (*(() if options.contender else SCENARIOS), *COMPARISONS)
+        if name in (plan.scenarios or EVERYTHING)
+    ]
     contenders = options.contender or plan.contenders or list(CONTENDERS)
     for contender in contenders:
         load(contender)  # a name that is none is said now
@@ -150,20 +160,28 @@ def _said(whole: Stage, name: str) -> Iterator[Stage]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bench", description="cachefs beside what one would have without it.")
     add = parser.add_argument
-    scenarios = [*SCENARIOS, *COMPARISONS]
-    add("--scenario", action="append", choices=scenarios, help="only this one; may be repeated [default: all]")
+    add("--scenario", action="append", choices=EVERYTHING, help="only this one; may be repeated [default: all]")
     add(
         "--contender",
         action="append",
         metavar="NAME",
         help=f"only this one, and only comparisons; may be repeated; {', '.join(CONTENDERS)}, or module:Class of yours",
     )
-    add("--quick", action="store_true", help="smaller, coarser, with fewer contenders: some minutes")
+    add(
+        "--quick",
+        action="store_true",
+        help="smaller, coarser, with fewer scenarios and contenders: under three minutes",
+    )
     add("--files", type=_positive, help="files that are read for our own goals")
+    add("--objects", type=_positive, help="objects of the dataset that is larger than the cache")
+    add("--trained-steps", type=_positive, help="steps of an accelerator whose dataset is larger than the cache")
     add("--names", type=_positive, help="names of the large dataset")
     add("--found", type=_positive, help="names that find looks for, native files as many")
     add("--kills", type=_positive, help="processes that are killed under readers")
     add("--shard", type=_positive, help="MiB of the large object")
+    add("--shared", type=_positive, help="objects of the dataset that clusters read")
+    add("--shared-nodes", type=_positive, help="nodes of a cluster; twice as many at most")
+    add("--row", action="append", choices=ROWS, help="of the scenario cluster only this; may be repeated")
     add("--rounds", type=_positive, help="turns of each contender")
     add("--folder", type=Path, help="a directory on the disk to measure [default: the one for temporary files]")
     add("--output", type=Path, default=RESULTS, help="where the report and its data go [default: bench/results]")

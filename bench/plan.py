@@ -8,7 +8,11 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Plan:
     """files: read by the scenarios about images; cold_files: of these, at once and cold. names: of the large dataset.
+    objects: of the dataset that is larger than the cache. trained_steps: of an accelerator whose dataset is.
     found: names that `find` looks for, each of them also a native file.
+
+    shared: objects of the dataset that clusters read, of twice shared_nodes nodes at most. rows: of the table about
+    clusters, empty = all.
 
     rounds: how often each contender has its turn. kills: of processes, one in 60 ms.
     shard: bytes of the large object, whole MiB.
@@ -17,9 +21,15 @@ class Plan:
     files; ranges: read of them at random; listed_names: that are looked for; overfull_mib: size of the dataset that
     is twice the cache; loader_workers: numbers of DataLoader workers; accelerators: numbers of them, each with
     loader_threads workers; ..._rounds: turns of each; contenders: who takes part, empty = all.
+
+    scenarios: goals and comparisons that run when none is named, empty = all.
     """
 
+    scenarios: tuple[str, ...] = ()
+
     files: int = 4000
+    objects: int = 8000
+    trained_steps: int = 12
     names: int = 1_000_000
     found: int = 200_000
     shard: int = 1 << 30
@@ -28,6 +38,10 @@ class Plan:
     mount_rounds: int = 5
     hint_rounds: int = 3
     kills: int = 1000
+    shared: int = 1500
+    shared_nodes: int = 4
+    shared_rounds: int = 2
+    rows: tuple[str, ...] = ()
 
     contenders: tuple[str, ...] = ()
     photographs: int = 240
@@ -46,8 +60,13 @@ class Plan:
     accelerator_rounds: int = 1
 
 
+# Within three minutes on two cores: what decides whether to look further. The others take minutes whatever their size:
+# rests before each cold turn, a native file for each name, kills one after another, an epoch per accelerator.
 QUICK = Plan(
-    files=1000,
+    scenarios=("hints", "epochs", "workers", "capacity", "shards"),
+    files=600,
+    objects=500,
+    trained_steps=2,
     names=100_000,
     found=20_000,
     shard=128 << 20,
@@ -56,7 +75,9 @@ QUICK = Plan(
     mount_rounds=1,
     hint_rounds=1,
     kills=50,
-    contenders=("native", "mount", "passthrough", "hinted", "url", "simplecache", "rclone", "obstore", "webdataset"),
+    shared=1200,
+    shared_rounds=1,
+    contenders=("native", "mount", "url", "simplecache", "rclone", "obstore"),
     photographs=176,
     comparison_rounds=1,
     loader_workers=(2,),

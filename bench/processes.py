@@ -16,13 +16,16 @@ Tell = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
 @contextmanager
-def told(stage: Stage, module: str, way: Mapping[str, Any]) -> Iterator[Tell]:
-    """Run `python -m module`, whose first order is `way`; yields what gives it an order and returns its answer."""
+def told(stage: Stage, module: str, way: Mapping[str, Any], **settings: str) -> Iterator[Tell]:
+    """Run `python -m module`, whose first order is `way`; yields what gives it an order and returns its answer.
+
+    settings: in its environment, and in that of the fetcher that it starts.
+    """
     with subprocess.Popen(
         [sys.executable, "-m", module],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env=stage.environ,
+        env={**stage.environ, **settings},
         cwd=Path(__file__).resolve().parents[1],
         process_group=0,  # Ctrl-C is for us; it ends with its stdin
     ) as process:

@@ -2,7 +2,7 @@
 
 A cache is one or several directories (one per SSD). The first is its *home*: index, catalogs and the fetcher's
 socket live there; all of them hold blobs. Settings come from the caller (mount flags, fsspec options), then the
-environment (CACHEFS_DIR, CACHEFS_SIZE, CACHEFS_MIN_FREE, CACHEFS_FETCHER), then the defaults below.
+environment (CACHEFS_DIR, CACHEFS_SIZE, CACHEFS_MIN_FREE, CACHEFS_FETCHER, CACHEFS_TENANT), then the defaults below.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ DEFAULT_IDLE_SECONDS = 60.0
 DEFAULT_DEADLINE_SECONDS = 120.0
 
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4, "P": 5}
+_TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]?)(I?B?)\s*", re.IGNORECASE)
 
 
@@ -39,6 +40,13 @@ def parse_size(text: str | int) -> int:
     if match is None or (match[3].upper() == "I"):
         raise ConfigError(f"size {text!r}: write a number and a unit, such as 500M, 200G or 1.5T")
     return int(float(match[1]) * 1024 ** _UNITS[match[2].upper()])
+
+
+def checked_tenant(name: str) -> str:
+    """The name of a tenant, or "" for none. Raises ConfigError for what is none."""
+    if name and _TENANT.fullmatch(name) is None:
+        raise ConfigError(f"tenant {name!r}: up to 63 letters, digits and . _ - (first a letter or digit) are a name")
+    return name
 
 
 def format_size(count: float) -> str:
@@ -93,7 +101,7 @@ class CacheConfig:
     dirs: cache directories, the first is the home. size: bytes over all directories, None = up to the floor.
     min_free: left free on each file system. idle: seconds after which a fetcher without clients exits.
     deadline: seconds a read may wait. fetcher: "auto" starts one on demand, "inprocess" fetches in this
-    process, "require" only uses a running one.
+    process, "require" only uses a running one. tenant: whose the datasets are that are read with it, "" = nobody's.
     """
 
     dirs: tuple[Path, ...]
@@ -102,6 +110,7 @@ class CacheConfig:
     idle: float = DEFAULT_IDLE_SECONDS
     deadline: float = DEFAULT_DEADLINE_SECONDS
     fetcher: str = "auto"
+    tenant: str = ""
 
     @property
     def home(self) -> Path:
@@ -117,6 +126,7 @@ class CacheConfig:
         idle: float | None = None,
         deadline: float | None = None,
         fetcher: str | None = None,
+        tenant: str | None = None,
     ) -> CacheConfig:
         """Fill in what is not given from the environment and the defaults. Raises ConfigError."""
         environ = os.environ
@@ -139,6 +149,7 @@ class CacheConfig:
             idle=float(environ.get("CACHEFS_IDLE", DEFAULT_IDLE_SECONDS)) if idle is None else float(idle),
             deadline=DEFAULT_DEADLINE_SECONDS if deadline is None else float(deadline),
             fetcher=mode,
+            tenant=checked_tenant(environ.get("CACHEFS_TENANT", "") if tenant is None else tenant),
         )
 
 

@@ -1,9 +1,9 @@
 """What a cache knows of each dataset: one small JSON file, written by the fetcher, read by every reader.
 
 A reader needs the dataset's snapshot to name its refs, and must get it without asking anybody: a hit costs no
-message. What its user settled for the dataset (pinned or not) lies there too, so that no restart forgets it. The
-file's mtime is the time of last use, which decides what is evicted first; readers set it now and then (`touch`),
-because hits never reach the fetcher.
+message. What its user settled for the dataset (pinned or not, its quota, whose it is) lies there too, so that no
+restart forgets it. The file's mtime is the time of last use, which decides what is evicted first; readers set it now
+and then (`touch`), because hits never reach the fetcher.
 """
 
 from __future__ import annotations
@@ -32,7 +32,11 @@ class DatasetRecord:
     """identity and root: see ARCHITECTURE.md. snapshot: its id. catalog: file name below catalogs/<id>/, or "".
 
     last_id: no inode number above it was ever given away in this dataset; 0 = not known. pinned: nothing that is
-    stored of it is evicted to make room for other datasets.
+    stored of it is evicted to make room for other datasets. quota: bytes that it may take on the disk, None = what
+    there is. tenant: whose it is, "" = nobody's.
+
+    edition: when `catalog` was begun, in microseconds since the epoch, and in any case more than that of every catalog
+    before it: the greatest is the newest, on whichever node it was made. 0 = not known, older than any.
     """
 
     identity: str
@@ -42,6 +46,9 @@ class DatasetRecord:
     url: str = ""
     last_id: int = 0
     pinned: bool = False
+    quota: int | None = None
+    tenant: str = ""
+    edition: int = 0
 
     @property
     def id(self) -> str:
@@ -60,9 +67,26 @@ def catalog_file(home: Path, record: DatasetRecord) -> Path | None:
     return home / "catalogs" / record.id / record.catalog if record.catalog else None
 
 
+def last_inode(home: Path, record: DatasetRecord) -> int:
+    """Where inode numbers go on though no catalog can be read that says it.
+
+    A mount may still serve the one that is lost, and in the kernel a number must not come to mean something else.
+    """
+    if record.last_id or not (record.catalog or any((home / "catalogs" / record.id).glob("*.sqlite"))):
+        return record.last_id
+    # The record is of an older version, or was lost too. More than were ever given away: a million for each second.
+    return int(time.time()) << 20
+
+
 def load(home: Path, identity: str, root: str) -> DatasetRecord | None:
     """The record of one dataset, None when the cache does not know it (or its file is damaged)."""
     return _read(_folder(home) / f"{dataset_id(identity, root)}.json")
+
+
+def load_by_id(home: Path, dataset: str) -> DatasetRecord | None:
+    """The record of the dataset with this id."""
+    known = len(dataset) == 32 and dataset.isalnum()
+    return _read(_folder(home) / f"{dataset}.json") if known else None
 
 
 def load_all(home: Path) -> Iterator[DatasetRecord]:
@@ -96,7 +120,14 @@ def _read(file: Path) -> DatasetRecord | None:
         raw = json.loads(file.read_bytes())
         texts = {k: str(raw[k]) for k in ("identity", "root", "snapshot", "catalog", "url")}
         # These came later than the others.
-        record = DatasetRecord(**texts, last_id=int(raw.get("last_id", 0)), pinned=raw.get("pinned") is True)
+        record = DatasetRecord(
+            **texts,
+            last_id=int(raw.get("last_id", 0)),
+            pinned=raw.get("pinned") is True,
+            quota=None if raw.get("quota") is None else max(0, int(raw["quota"])),
+            tenant=str(raw.get("tenant", "")),
+            edition=max(0, int(raw.get("edition", 0))),
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None  # a lost record costs a listing, never a wrong answer: its refs cannot be named without it
     return record if file.name == f"{record.id}.json" else None

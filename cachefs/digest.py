@@ -8,6 +8,9 @@ Version 1 of the definition (docs of the format: ARCHITECTURE.md, "On disk"):
 Digests are 16 bytes in the canonical (big-endian) order of xxHash (https://xxhash.com, "canonical
 representation"). XXH3 is fast, not collision resistant: blobs are shared only inside one trust domain.
 
+A tenant's blobs are named by content key and `tenant_tag`, so equal content of two tenants does not meet. It is checked
+by its content key all the same: the first KEY_BYTES of the name.
+
 Names are hashed with BLAKE2b instead, because names come from outside and an attacker may choose them.
 """
 
@@ -27,6 +30,8 @@ BLOCK_SIZE = 8 * 1024 * 1024
 
 LARGE_SEED = 1
 
+TAG_BYTES = 16
+
 
 def digest(data: bytes | bytearray | memoryview) -> bytes:
     """XXH3-128 of `data`, 16 bytes: a whole small object, or one block of a large one."""
@@ -44,6 +49,11 @@ def content_key(data: bytes | bytearray | memoryview) -> bytes:
         return digest(data)
     view = memoryview(data)
     return key_of_blocks(digest(view[at : at + BLOCK_SIZE]) for at in range(0, len(view), BLOCK_SIZE))
+
+
+def tenant_tag(tenant: str) -> bytes:
+    """What follows the content key in the names of a tenant's blobs: nothing where there is no tenant."""
+    return blake2b(tenant.encode(), digest_size=TAG_BYTES).digest() if tenant else b""
 
 
 def block_count(size: int) -> int:

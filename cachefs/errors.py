@@ -129,10 +129,51 @@ class FetcherElsewhere(FetcherError):
     """Another process is the fetcher of this cache: it will listen in a moment, or is just ending."""
 
 
+# --- the other nodes of a cluster: what a reader answers by asking the origin ------------------------------------
+
+
+class PeerError(CacheFSError, OSError):
+    """A node did not give what it was asked for; whoever asked goes to the origin. Says which node, and why."""
+
+
+class PeerHasNot(PeerError):
+    """The node answered: it does not have it, or could not get it. No failure of the node."""
+
+    errno = errno.ENOENT
+
+
+class PeerBusy(PeerError):
+    """The node has too much to do, or is left alone for a while because it failed."""
+
+    errno = errno.EAGAIN
+
+
+class PeerTimeout(PeerError, TimeoutError):
+    """The node did not answer before the deadline, or stopped in the middle."""
+
+    errno = errno.ETIMEDOUT
+
+
+class PeerWrong(PeerError):
+    """The node sent bytes that are not what it said they are, or what is no answer at all. It is left alone."""
+
+
+class PeerRefused(PeerError, PermissionError):
+    """One of the two nodes does not trust the other: no certificate, or another authority, secret or name."""
+
+    errno = errno.EACCES
+
+
 class PlanError(CacheFSError, ValueError):
     """A plan of what will be read that cannot be understood. Reads go on without it."""
 
     errno = errno.EINVAL
+
+
+class MembershipError(CacheFSError, ConnectionError):
+    """Who is in the cluster could not be found out. The nodes last seen stay, and reads go on."""
+
+    errno = errno.EHOSTUNREACH
 
 
 class MountError(CacheFSError, OSError):

@@ -23,6 +23,12 @@ MAX_PACKET = 96 * 1024
 # Entries per page of a listing: at most 1 KiB of name (the longest S3 key) each stays within MAX_PACKET.
 PAGE_BYTES = 64 * 1024
 
+# Consumers per Report, each of at most 3 KiB: what they call themselves and what is said of them has a limit.
+CONSUMERS_PER_REPORT = 24
+
+# Nodes of a cluster, or peers, per Report, each of at most 1 KiB.
+NODES_PER_REPORT = 64
+
 
 class Entry(msgspec.Struct, frozen=True, array_like=True):
     """One name at an origin. path: the origin's full path (as its fsspec file system strips it).
@@ -58,7 +64,8 @@ class Attach(Request, frozen=True, tag=True, kw_only=True):
 
     redacted: the secrets were left out (a pickle from another process); the fetcher then needs to know this
     origin already, or to find credentials in `environ`. root: the dataset root; "" = everything at the origin.
-    snapshot: the one the reader serves ("" = the dataset's current one).
+    snapshot: the one the reader serves ("" = the dataset's current one). direct: it reads for another node of the
+    cluster: from the origin then, never from a third one. tenant: whose the dataset is; "" = whoever's it is by now.
     """
 
     protocol: str
@@ -67,6 +74,8 @@ class Attach(Request, frozen=True, tag=True, kw_only=True):
     redacted: bool = False
     root: str = ""
     snapshot: str = ""
+    direct: bool = False
+    tenant: str = ""
 
 
 class Need(Request, frozen=True, tag=True, kw_only=True):
@@ -77,6 +86,9 @@ class Need(Request, frozen=True, tag=True, kw_only=True):
     descriptor: answer with a descriptor even where a path would do (the reader lost the path to eviction).
     damaged: the reader found the stored bytes wrong; check them before answering.
     everywhere: make it a hit for mounts and file systems alike, whichever of them reads it.
+    ahead: nobody waits for it yet: reads go first.
+    keep: it is a block of a large object for its owner, a node of the cluster that has no room for it: keep it for that
+    one. Failed, CacheFull, where there is no room here either, and then it was not read.
     """
 
     attachment: int
@@ -88,6 +100,8 @@ class Need(Request, frozen=True, tag=True, kw_only=True):
     descriptor: bool = False
     damaged: bool = False
     everywhere: bool = False
+    ahead: bool = False
+    keep: bool = False
 
 
 class Info(Request, frozen=True, tag=True, kw_only=True):
@@ -112,6 +126,19 @@ class MakeCatalog(Request, frozen=True, tag=True, kw_only=True):
     refresh: bool = False
 
 
+class TakeCatalog(Request, frozen=True, tag=True, kw_only=True):
+    """Serve a catalog that a command has made of the dataset. Answered with Catalogued.
+
+    file: its name in the dataset's folder of catalogs. previous, last_id: of the dataset's record when the work began:
+    the snapshot of its catalog ("" = none), and its last inode number. Where these are others by now: ConfigError.
+    """
+
+    attachment: int
+    file: str
+    previous: str = ""
+    last_id: int = 0
+
+
 class Refresh(Request, frozen=True, tag=True, kw_only=True):
     """Forget the versions first seen of a dataset that has no catalog; MakeCatalog(refresh) for one that has."""
 
@@ -119,10 +146,14 @@ class Refresh(Request, frozen=True, tag=True, kw_only=True):
 
 
 class Warm(Request, frozen=True, tag=True, kw_only=True):
-    """Fetch the dataset's files (all, or `paths`). Progress..., then Done."""
+    """Fetch the dataset's files (all, or `paths`). Progress..., then Done.
+
+    versions: (path, version, size) each instead of `paths`, for a node that has no catalog which says them.
+    """
 
     attachment: int
     paths: list[str] | None = None
+    versions: list[tuple[str, str, int]] | None = None
 
 
 class Evict(Request, frozen=True, tag=True, kw_only=True):
@@ -141,6 +172,81 @@ class Pin(Request, frozen=True, tag=True, kw_only=True):
 
     dataset: str
     pinned: bool
+
+
+class Join(Request, frozen=True, tag=True, kw_only=True):
+    """Be a node of a cluster, until this connection ends. Answered with Done.
+
+    members: where its nodes are named (cachefs/cluster/sources). name, host, port, weight: this one, as others see it.
+    Trust: `secret`, a file, or the files ca, certificate and key. sign: what is signed with the secret, "all" or
+    "headers" (cluster/peers/trust).
+    """
+
+    members: str
+    name: str
+    host: str
+    port: int
+    weight: int
+    secret: str = ""
+    ca: str = ""
+    certificate: str = ""
+    key: str = ""
+    sign: str = "all"
+
+
+class Tell(Request, frozen=True, tag=True, kw_only=True):
+    """What this node of a cluster says of itself to the others (cluster/peers/account). Answered with Report."""
+
+
+class Survey(Request, frozen=True, tag=True, kw_only=True):
+    """Ask every node of the cluster what it says of itself. Answered with a Report for each as they come, and a last
+    one (more=False) of this node: `me` (None: in no cluster) and `trouble`.
+    """
+
+
+class Adopt(Request, frozen=True, tag=True, kw_only=True):
+    """Bring the catalog of a dataset (its id) that `node` of the cluster has, if this cache has one that is older.
+    switch: and serve it from now on. Progress..., then Catalogued, or Done where the dataset has no catalog here.
+
+    edition, snapshot, size, key, keys: see cachefs/cluster/peers/catalogs. As Pin, it is no use of the dataset.
+    """
+
+    dataset: str
+    node: str
+    edition: int
+    snapshot: str
+    size: int
+    key: bytes
+    switch: bool
+    keys: int = 0
+
+
+class Follow(Request, frozen=True, tag=True, kw_only=True):
+    """Look whether the cluster serves a newer catalog of a dataset (its id), and go over to it. Answered as Adopt."""
+
+    dataset: str
+
+
+class Lodge(Request, frozen=True, tag=True, kw_only=True):
+    """Keep an object for its owner, a node of the cluster that has no room for it. Answered with Done: count 1, or 0
+    where it cannot be; or with Failed, CacheFull. size: of the object, at most a block.
+    """
+
+    attachment: int
+    path: str
+    version: str
+    size: int
+
+
+class Quota(Request, frozen=True, tag=True, kw_only=True):
+    """What a dataset (its id), or all datasets of a tenant, may take on the disk; None = what there is. More than that
+    goes at once, but of pinned ones. Progress..., then Report: used, dropped (objects), freed (bytes), changed, pinned
+    (roots of what had to stay).
+    """
+
+    quota: int | None
+    dataset: str = ""
+    tenant: str = ""
 
 
 class Announce(Request, frozen=True, tag=True, kw_only=True):
@@ -186,7 +292,7 @@ class Verify(Request, frozen=True, tag=True, kw_only=True):
 
 
 class Status(Request, frozen=True, tag=True, kw_only=True):
-    """Answered with Report."""
+    """Answered with Report... (last: more=False)."""
 
 
 class Cancel(Request, frozen=True, tag=True, kw_only=True):
@@ -258,7 +364,10 @@ class Progress(Reply, frozen=True, tag=True, kw_only=True):
 
 
 class Catalogued(Reply, frozen=True, tag=True, kw_only=True):
-    """file: absolute path of the catalog. The counts are of the whole dataset."""
+    """file: absolute path of the catalog. The counts are of the whole dataset. edition: see DatasetRecord.
+
+    behind: nodes of the cluster that do not serve it yet, and why; at most 64 of `behind_total`.
+    """
 
     file: str
     snapshot: str
@@ -267,6 +376,9 @@ class Catalogued(Reply, frozen=True, tag=True, kw_only=True):
     bytes: int
     skipped: int
     changed: bool
+    edition: int = 0
+    behind: list[tuple[str, str]] = []
+    behind_total: int = 0
 
 
 class Done(Reply, frozen=True, tag=True, kw_only=True):
@@ -279,7 +391,12 @@ class Done(Reply, frozen=True, tag=True, kw_only=True):
 
 
 class Report(Reply, frozen=True, tag=True, kw_only=True):
+    """The first has everything, of "consumers" what fits into a packet; those after it have more of these, and the
+    "nodes" and "peers" of "cluster".
+    """
+
     status: dict[str, Any]
+    more: bool = False
 
 
 class Failed(Reply, frozen=True, tag=True, kw_only=True):
@@ -295,10 +412,18 @@ AnyRequest = (
     | Info
     | List
     | MakeCatalog
+    | TakeCatalog
     | Refresh
     | Warm
     | Evict
     | Pin
+    | Join
+    | Tell
+    | Survey
+    | Adopt
+    | Follow
+    | Lodge
+    | Quota
     | Announce
     | Plan
     | Withdraw

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import errno
 import os
 import socket
 import struct
@@ -12,6 +13,9 @@ from cachefs.errors import FetcherError
 from cachefs.messages import MAX_PACKET
 
 SOCKET_NAME = "fetcher.sock"
+
+# asm-generic/socket.h, Linux 6.5 and newer; Python has no name for it yet.
+_SO_PEERPIDFD = 77
 
 
 def dial(run: Path, timeout: float | None) -> socket.socket:
@@ -60,6 +64,27 @@ def peer_uid(sock: socket.socket) -> int:
 def peer_pid(sock: socket.socket) -> int:
     """The process at the other end; 0 when it is in a pid namespace that we cannot see."""
     return _peer(sock)[0]
+
+
+def peer_handle(sock: socket.socket) -> int:
+    """A pidfd of the process at the other end, which becomes readable when that ends; -1 where none can be had.
+
+    The kernel knows it by the connection, so it may be in a pid namespace that we cannot see (another container), and
+    its number cannot be somebody else's by now. Before Linux 6.5 the number is all there is. Raises ProcessLookupError
+    when the process has ended.
+    """
+    try:
+        return sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+    except OSError as error:
+        if error.errno == errno.ESRCH:
+            raise
+    pid = peer_pid(sock)
+    try:
+        return os.pidfd_open(pid) if pid else -1
+    except ProcessLookupError:
+        raise
+    except OSError:  # no pidfd_open before Linux 5.3, or it is forbidden here
+        return -1
 
 
 def _peer(sock: socket.socket) -> tuple[int, int, int]:

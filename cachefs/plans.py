@@ -30,6 +30,9 @@ POSITION, FRONTIER = 0, 8
 MOST_ENTRIES = 2**32 - 1
 NO_NAME = 2**32 - 1
 
+# Items are counted up to here. The page has room for twice that, so that no sum of two numbers is too large for it.
+LARGEST_NUMBER = 2**62
+
 # An S3 key has at most 1 KiB, a local path 4 KiB.
 LONGEST_NAME = 16 * 1024
 
@@ -83,19 +86,34 @@ def _write(fd: int, data: bytes | memoryview, at: int) -> None:
 # --- read by the fetcher -------------------------------------------------------------------------------------
 
 
-def require_memory(fd: int) -> int:
-    """Its size in bytes. Raises PlanError for what is no shared memory."""
+def is_memory(fd: int) -> bool:
+    """Whether it is a file in memory, whose reads, and whose end, wait for nobody."""
     try:
         fcntl.fcntl(fd, fcntl.F_GET_SEALS)  # only files in memory have seals (fcntl(2))
-        return os.fstat(fd).st_size
     except OSError:
-        raise PlanError("a plan must lie in memory made with memfd_create") from None
+        return False
+    return True
+
+
+def require_memory(fd: int) -> int:
+    """Its size in bytes. Raises PlanError for what is no shared memory, or cannot be read."""
+    if not is_memory(fd):
+        raise PlanError("a plan must lie in memory made with memfd_create")
+    if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY:
+        raise PlanError("its memory was opened for writing only: pass a descriptor that can be read too")
+    return os.fstat(fd).st_size
 
 
 def require_count(count: int, what: str) -> None:
     """Raises PlanError for a number of entries that no plan has."""
     if not 0 <= count <= MOST_ENTRIES:
-        raise PlanError(f"{count} {what}: a plan has at most {MOST_ENTRIES}")
+        raise PlanError(f"{count} {what}: a plan has from 0 to at most {MOST_ENTRIES}; give more as several plans")
+
+
+def require_number(number: int) -> None:
+    """Raises PlanError for the number of an item that no consumer reaches."""
+    if not 0 <= number <= LARGEST_NUMBER:
+        raise PlanError(f"item {number}: items are numbered from 0 to at most {LARGEST_NUMBER}")
 
 
 class Names:
@@ -107,21 +125,26 @@ class Names:
         size = require_memory(fd)
         self._text_at = at + 8 * (count + 1)
         if count and size < self._text_at:
-            raise PlanError(f"{count} names do not fit into {size} bytes")
+            raise PlanError(f"{count} names do not fit into {size} bytes: write all of the table before it is passed")
         self._fd, self._at, self.count = fd, at, count
 
-    def name(self, index: int) -> str | None:
-        """None for what is no name: an index out of range, not UTF-8, too long, with NUL, or cut off."""
+    def raw(self, index: int) -> bytes:
+        """Bytes that may be a name; b"" for what is none: an index out of range, too long, or cut off."""
         if not 0 <= index < self.count:
-            return None
-        offsets = os.pread(self._fd, 16, self._at + 8 * index)
+            return b""
+        offsets = _read(self._fd, 16, self._at + 8 * index)
         if len(offsets) < 16:
-            return None
+            return b""
         start, stop = _TWO_OFFSETS.unpack(offsets)
         if not 0 < stop - start <= LONGEST_NAME or stop > 2**48:
-            return None
-        raw = os.pread(self._fd, stop - start, self._text_at + start)
-        if len(raw) < stop - start or b"\0" in raw:
+            return b""
+        raw = _read(self._fd, stop - start, self._text_at + start)
+        return raw if len(raw) == stop - start else b""
+
+    def name(self, index: int) -> str | None:
+        """None for what is no name: also what is not UTF-8, or has a NUL."""
+        raw = self.raw(index)
+        if not raw or b"\0" in raw:
             return None
         try:
             return raw.decode()
@@ -138,18 +161,26 @@ class Order:
         self._type = TYPES[kind]
         self._width = array(self._type).itemsize
         if (size := require_memory(fd)) < self._width * count:
-            raise PlanError(f"{count} entries do not fit into {size} bytes")
+            raise PlanError(f"{count} entries do not fit into {size} bytes: write all of them before they are passed")
         self._fd, self.count = fd, count
 
     def piece(self, start: int, stop: int) -> array[int]:
         """Entries [start, stop), fewer where the memory was cut off since."""
-        raw = os.pread(self._fd, max(0, self._width * (min(stop, self.count) - start)), self._width * start)
+        raw = _read(self._fd, max(0, self._width * (min(stop, self.count) - start)), self._width * start)
         return array(self._type, raw[: len(raw) - len(raw) % self._width])
+
+
+def _read(fd: int, count: int, at: int) -> bytes:
+    """Short where the memory was cut off, and empty where it cannot be read (a page of it is lost: EIO)."""
+    try:
+        return os.pread(fd, count, at)
+    except OSError:
+        return b""
 
 
 def read_word(fd: int, at: int) -> int:
     """A number of the consumer's page; 0 when the page is gone."""
-    raw = os.pread(fd, 8, at)
+    raw = _read(fd, 8, at)
     return int(_WORD.unpack(raw)[0]) if len(raw) == 8 else 0
 
 

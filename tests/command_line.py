@@ -67,11 +67,16 @@ def script(
     *arguments: str | Path, stdin: bytes = b"", environ: Mapping[str, str] | None = None, wrapper: Sequence[str] = ()
 ) -> Outcome:
     """Run the installed console script."""
-    command = [*wrapper, str(Path(sysconfig.get_path("scripts")) / "cachefs"), *map(str, arguments)]
+    command = [*wrapper, *script_of(*arguments)]
     done = subprocess.run(
         command, input=stdin, capture_output=True, timeout=SECONDS, check=False, env={**os.environ, **(environ or {})}
     )
     return Outcome(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def script_of(*arguments: str | Path) -> list[str]:
+    """The command line that `script` runs."""
+    return [str(Path(sysconfig.get_path("scripts")) / "cachefs"), *map(str, arguments)]
 
 
 def s3(options: Mapping[str, Any]) -> list[str]:

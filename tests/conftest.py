@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from cachefs_sidecar.testbed import S3Server, Throttle, stop_fetcher
+from tests.command_line import CommandLine
 from tests.machine import Bucket, ThrottledBucket, why_no_fuse
 
 __all__ = ["Bucket", "ThrottledBucket"]  # for the annotations of tests
@@ -162,3 +163,10 @@ def _proc(pid: int, name: str) -> bytes:
 def _mounts_below(folder: Path) -> list[str]:
     mounts = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
     return [mount for mount in mounts if mount.startswith(f"{folder}/")]
+
+
+@pytest.fixture
+def cachefs(capsys: pytest.CaptureFixture[str], cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
+    """The command line, with `cache_dir` as its cache."""
+    monkeypatch.setenv("CACHEFS_DIR", str(cache_dir))
+    return CommandLine(capsys)

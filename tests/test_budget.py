@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cachefs import memory
-from cachefs.budget import Budget
+from cachefs.budget import Budget, Urgency
 from cachefs.errors import ConfigError
 
 
@@ -26,7 +26,7 @@ class Holders:
         self.tasks: dict[str, asyncio.Task[None]] = {}
         self.gates: dict[str, asyncio.Event] = {}
 
-    async def want(self, name: str, size: int, priority: int = 0) -> None:
+    async def want(self, name: str, size: int, priority: int | Urgency = 0) -> None:
         async def run() -> None:
             async with self.budget.hold(size, priority):
                 self.order.append(name)
@@ -50,6 +50,39 @@ async def test_a_large_share_is_not_overtaken_by_small_ones():
     await holders.done("a")
     assert holders.order == ["a", "large", "small"]
     assert holders.budget.used == 10
+
+
+async def test_who_is_lifted_moves_up_and_takes_its_share_once():
+    holders = Holders(Budget(10))
+    urgency = Urgency(2)
+    await holders.want("a", 10)
+    await holders.want("b", 10, 1)
+    await holders.want("lifted", 4, urgency)
+    await holders.want("c", 6)
+    urgency.lift(0)
+    urgency.lift(1)  # nobody is put back
+    await holders.done("a")
+    assert holders.order == ["a", "lifted", "c"]  # it came before
+    await holders.done("c")
+    await holders.done("lifted")
+    assert holders.order == ["a", "lifted", "c", "b"]
+    assert holders.budget.used == 10
+
+
+async def test_who_leaves_after_it_was_lifted_blocks_nobody():
+    holders = Holders(Budget(10))
+    urgency = Urgency(1)
+    await holders.want("a", 10)
+    await holders.want("lifted", 10, urgency)
+    await holders.want("b", 10, 1)
+    urgency.lift(0)
+    holders.tasks["lifted"].cancel()
+    await settle()
+    urgency.lift(-1)
+    await holders.done("a")
+    assert holders.order == ["a", "b"]
+    await holders.done("b")
+    assert holders.budget.used == 0
 
 
 async def test_more_than_there_is_comes_alone():

@@ -221,9 +221,9 @@ def test_not_a_catalog(tmp_path, sample):
 def test_a_future_format_is_refused_and_left_alone(tmp_path, sample):
     file = tmp_path / "c"
     data = bytearray(sample.read_bytes())
-    data[60:64] = (2).to_bytes(4, "big")
+    data[60:64] = (3).to_bytes(4, "big")
     file.write_bytes(data)
-    with pytest.raises(CatalogError, match=r"format 2.*upgrade cachefs"):
+    with pytest.raises(CatalogError, match=r"format 3.*upgrade cachefs"):
         Catalog.open(file)
     assert file.read_bytes() == data
 

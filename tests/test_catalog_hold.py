@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cachefs.catalog.hold import KEEP, forget_old, hold, shared_hold
+from cachefs.catalog.hold import KEEP, forget_old, hold, put, shared_hold
 from cachefs.catalog.staging import remove_abandoned
 from cachefs.client import Connection
 from cachefs.client.session import Session
@@ -52,6 +52,30 @@ def test_what_is_held_stays_until_it_is_released(catalogs: list[Path]):
     assert hold(catalogs[0]) is None
 
 
+def test_who_serves_a_file_keeps_its_name_when_another_takes_it(catalogs: list[Path], tmp_path: Path):
+    """The lock is on what had the name, and whoever has it opens the name again."""
+    held = hold(catalogs[0])
+    assert held is not None
+    for number in range(2):  # only the first time somebody holds it
+        (tmp_path / "new").write_bytes(b"listed again %d" % number)
+        put(tmp_path / "new", catalogs[0])
+        os.utime(catalogs[0], (1000, 1000))
+        forget_old(tmp_path, catalogs[-1].name)
+        assert left(catalogs) == [0, 3, 4, 5]
+        assert catalogs[0].read_bytes() == b"listed again %d" % number
+        assert len(list(tmp_path.glob("*.held"))) == 1
+    held.release()
+    forget_old(tmp_path, catalogs[-1].name)
+    assert left(catalogs) == [3, 4, 5]
+    assert sorted(tmp_path.iterdir()) == catalogs[3:]
+
+
+def test_a_name_that_is_free_is_taken(catalogs: list[Path], tmp_path: Path):
+    put(catalogs[0], tmp_path / "free.sqlite")
+    put(catalogs[1], catalogs[2])
+    assert sorted(tmp_path.iterdir()) == [*catalogs[2:], tmp_path / "free.sqlite"]
+
+
 def wait_for_ever(ready: int) -> None:
     os.write(ready, b"1")
     signal.pause()
@@ -88,7 +112,9 @@ def test_a_release_counts_for_forks_as_well(catalogs: list[Path]):
     child.join()
 
 
-def test_a_training_job_keeps_its_snapshot(tmp_path: Path, cache_dir: Path):
+@pytest.mark.parametrize("nothing_new_at_first", [False, True])
+def test_a_training_job_keeps_its_snapshot(tmp_path: Path, cache_dir: Path, nothing_new_at_first: bool):
+    """Also when a refresh has put the same snapshot under its name meanwhile; a forked process opens it then."""
     root = tmp_path / "origin"
     root.mkdir()
     for name in ("a", "b"):
@@ -96,10 +122,16 @@ def test_a_training_job_keeps_its_snapshot(tmp_path: Path, cache_dir: Path):
     connection = Connection(CacheConfig.make(cache_dir), Session("file", {}, {}, root=str(root)))
     connection.make_catalog()
     fs = CacheFileSystem(target_protocol="file", cache_dir=str(cache_dir), skip_instance_cache=True)
+    (served,) = (cache_dir / "catalogs").glob("*/*.sqlite")
+    before = served.stat().st_ino
+    if nothing_new_at_first:
+        assert not connection.make_catalog(refresh=True).changed
+        assert served.stat().st_ino != before
     for number in range(2 * KEEP):
         (root / f"new{number}").write_bytes(b"")
         connection.make_catalog(refresh=True)
     connection.close()
+    assert served.exists()
     assert fs.ls(str(root), detail=False) == [str(root / "a"), str(root / "b")]
     assert fs.cat_file(str(root / "b")) == b"b"
     fs.invalidate_cache()

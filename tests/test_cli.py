@@ -21,13 +21,6 @@ from tests.conftest import ThrottledBucket
 
 
 @pytest.fixture
-def cachefs(capsys: pytest.CaptureFixture[str], cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
-    """The command line, with `cache_dir` as its cache."""
-    monkeypatch.setenv("CACHEFS_DIR", str(cache_dir))
-    return CommandLine(capsys)
-
-
-@pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A local origin: 20 files in two directories."""
     root = tmp_path / "origin"
@@ -62,7 +55,7 @@ def test_help_teaches_every_command(cachefs: CommandLine) -> None:
     text = cachefs("--help").ok().out
     commands = re.findall(r"^  (\w+)  +\S", text.split("Commands:")[1], re.MULTILINE)
     wanted = {"mount", "umount", "warm", "status", "verify", "evict", "refresh", "doctor", "demo", "stop"}
-    wanted |= {"restart", "hint", "pin", "unpin"}
+    wanted |= {"restart", "hint", "pin", "unpin", "quota", "cluster", "pki", "index", "seal"}
     assert wanted == set(commands)
     assert "Exit codes" in text
     for command in commands:

@@ -18,13 +18,6 @@ SECRET = "do-not-show-this-to-anybody"
 
 
 @pytest.fixture
-def cachefs(capsys: pytest.CaptureFixture[str], cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
-    """The command line, with `cache_dir` as its cache."""
-    monkeypatch.setenv("CACHEFS_DIR", str(cache_dir))
-    return CommandLine(capsys)
-
-
-@pytest.fixture
 def tree(tmp_path: Path) -> Path:
     root = tmp_path / "origin"
     root.mkdir()

@@ -19,13 +19,6 @@ COUNT = 30
 
 
 @pytest.fixture
-def cachefs(capsys: pytest.CaptureFixture[str], cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
-    """The command line, with `cache_dir` as its cache."""
-    monkeypatch.setenv("CACHEFS_DIR", str(cache_dir))
-    return CommandLine(capsys)
-
-
-@pytest.fixture
 def photos(throttled: ThrottledBucket, monkeypatch: pytest.MonkeyPatch) -> ThrottledBucket:
     for number in range(COUNT):
         throttled.put(f"set/{number:02d}.jpg", b"%d" % number * 5000)

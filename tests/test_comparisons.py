@@ -173,13 +173,16 @@ def test_the_page_says_where_we_lose_and_why(monkeypatch, tmp_path):
     remarks = tmp_path / "remarks.toml"
     remarks.write_text('[epochs]\n"speed" = "Because it is so."\n')
     monkeypatch.setattr("bench.comparisons.markdown.REMARKS", remarks)
-    findings = Findings("How fast?", figures=[figure(native=100, mount=20, rclone=30)], failed={"url": "it broke"})
+    findings = Findings("How fast?", figures=[figure(native=100, mount=20, rclone=30)], failed={"url": "it broke"},
+                        skipped={"litdata": "it was not there", "rclone": "not here"})  # fmt: skip
     environment = {"date": "today", "kernel": "6", "cores": 2, "processor": "p", "memory_gib": 1, "filesystem": "ext4",
                    "disk": "d", "load": 0, "python": "3", "versions": {}}  # fmt: skip
     text = page(environment, {}, {"epochs": findings}, {"epochs": "report/epochs.svg"})
     assert "**epochs, speed**: rclone mount is ahead by 1.50 x. Because it is so." in text
     assert "![epochs](report/epochs.svg)" in text
     assert "Failed: cachefs URL: it broke" in text
+    assert "- Skipped: litdata: it was not there." in text  # whatever is installed where the page is written
+    assert "- Skipped: rclone" not in text  # it takes part in something
 
     report.write(tmp_path, report.as_dict(environment, {}, {"epochs": findings}))
     assert program.main(["--again", str(tmp_path / "results.json")]) == 0

@@ -27,6 +27,7 @@ from cachefs.messages import Catalogued
 from cachefs.store import Reader, Store, scrub
 from cachefs_sidecar.testbed import stop_fetcher
 from tests.command_line import script
+from tests.test_fetcher import wait_until
 
 # As many as make it sure that some are in each of two directories.
 FILES = {f"d{n % 2}/{n}.jpg": random.Random(n).randbytes(5000 + n) for n in range(32)}
@@ -233,7 +234,7 @@ def test_a_damaged_index_costs_nothing_that_is_stored(cache: Cache, damage: Call
     cache.stop()
     for file in (cache.home / "index").glob("cache.db*"):
         damage(file)
-    assert cache.status()["scanned"]
+    wait_until(lambda: cache.status()["scanned"])  # a fetcher answers before it has counted
     cache.lose_origin()
     assert cache.read(fs) == cache.read() == FILES
     assert damage is empty or "the index is damaged" in cache.log()

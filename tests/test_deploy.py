@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import configparser
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -74,3 +76,54 @@ def test_systemd_accepts_the_unit(tmp_path):
         line for line in done.stderr.splitlines() if unit.name in line and "FileDescriptorStorePreserve" not in line
     ]
     assert not complaints, complaints
+
+
+# --- dask/ ---
+
+DASK = UNIT.parents[1] / "dask"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (DASK / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_recipes_for_dask_can_be_read():
+    python, shell = blocks("python"), blocks("sh")
+    assert len(python) == 2
+    assert len(shell) == 3
+    for block in python:
+        ast.parse(block)
+    for block in shell:
+        subprocess.run(["bash", "-n"], input=block, text=True, check=True, timeout=20)
+
+
+def test_recipes_for_dask_name_commands_and_options_that_exist():
+    lines = [shlex.split(line) for block in blocks("sh") for line in block.splitlines()]
+    commands = [words for words in lines if words[:1] == ["cachefs"]]
+    assert {words[1] for words in commands} == {"warm", "seal"}
+    for words in commands:
+        helped = script(words[1], "--help").ok().out
+        for option in (word for word in words if word.startswith("--")):
+            assert option in helped, option
+
+
+def test_the_manifest_for_dask_kubernetes():
+    yaml = pytest.importorskip("yaml")  # with dask
+    cluster = yaml.safe_load((DASK / "cluster.yaml").read_text())
+    assert (cluster["apiVersion"], cluster["kind"]) == ("kubernetes.dask.org/v1", "DaskCluster")
+    spec, name = cluster["spec"], cluster["metadata"]["name"]
+    (worker,) = spec["worker"]["spec"]["containers"]
+    (scheduler,) = spec["scheduler"]["spec"]["containers"]
+    assert worker["args"][0] == "dask-worker"
+    assert scheduler["args"][0] == "dask-scheduler"
+    mounts, volumes = worker["volumeMounts"], spec["worker"]["spec"]["volumes"]
+    assert {mount["name"] for mount in mounts} == {volume["name"] for volume in volumes}
+    assert {"name": "CACHEFS_DIR", "value": mounts[0]["mountPath"]} in worker["env"]
+    # The operator's own labels and names, by which its service and our affinity find the pods.
+    selector = spec["scheduler"]["service"]["selector"]
+    assert selector == {"dask.org/cluster-name": name, "dask.org/component": "scheduler"}
+    ports = {port["name"]: port["containerPort"] for port in scheduler["ports"]}
+    assert {port["targetPort"]: port["port"] for port in spec["scheduler"]["service"]["ports"]} == ports
+    (term,) = spec["worker"]["spec"]["affinity"]["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert term["labelSelector"]["matchLabels"] == selector | {"dask.org/component": "worker"}
+    assert f"service/{name}-scheduler" in (DASK / "README.md").read_text()

@@ -14,18 +14,12 @@ from pathlib import Path
 import pytest
 
 from cachefs import memory
-from cachefs.cli import doctor_cache, doctor_machine, findings
-from cachefs.cli.findings import FAIL, OK, WARN, Finding, file_system_of
+from cachefs.cli import doctor_cache, doctor_machine
+from cachefs.cli.findings import FAIL, OK, WARN, Finding
+from cachefs.mountinfo import Mounted, mount_of
 from cachefs_sidecar.testbed import fetcher_pid
 from tests.command_line import CommandLine, credentials, s3, script
 from tests.conftest import Bucket
-
-
-@pytest.fixture
-def cachefs(capsys: pytest.CaptureFixture[str], cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
-    """The command line, with `cache_dir` as its cache."""
-    monkeypatch.setenv("CACHEFS_DIR", str(cache_dir))
-    return CommandLine(capsys)
 
 
 def found(outcome_json: list[dict[str, str]], subject: str) -> list[Finding]:
@@ -113,8 +107,8 @@ def test_a_user_without_privileges(monkeypatch: pytest.MonkeyPatch) -> None:
     ("error", "words"), [(0, ""), (errno.ENOTCONN, "dead"), (errno.EACCES, ""), (errno.EIO, "Input/output")]
 )
 def test_mounts_that_are_dead(monkeypatch: pytest.MonkeyPatch, error: int, words: str) -> None:
-    mounted = findings.FileSystem("/data", "fuse.cachefs", "s3://bucket", "ro")
-    monkeypatch.setattr(doctor_machine, "file_systems", lambda: [mounted])
+    mounted = Mounted("0:1", "/", "/data", "fuse.cachefs", "s3://bucket", "ro")
+    monkeypatch.setattr(doctor_machine, "mounts", lambda: [mounted])
 
     def statvfs(_: str) -> None:
         if error:
@@ -194,19 +188,19 @@ def test_a_runtime_directory_that_others_may_write(
      ("vfat", FAIL), ("proc", FAIL)],
 )  # fmt: skip
 def test_file_systems(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fstype: str, level: str) -> None:
-    mounted = findings.FileSystem(str(tmp_path), fstype, "disk", "rw")
-    monkeypatch.setattr(doctor_cache, "file_system_of", lambda _: mounted)
+    mounted = Mounted("0:1", "/", str(tmp_path), fstype, "disk", "rw")
+    monkeypatch.setattr(doctor_cache, "mount_of", lambda _: mounted)
     finding = doctor_cache._kind("cache", tmp_path)
     assert finding.level == level
     assert fstype in finding.fact
     assert bool(finding.advice) == (level != OK)
 
 
-def test_the_file_system_of_a_path() -> None:
-    proc = file_system_of(Path("/proc/self/status"))
+def test_the_mount_that_a_path_is_on() -> None:
+    proc = mount_of(Path("/proc/self/status"))
     assert proc is not None
     assert (proc.mountpoint, proc.fstype) == ("/proc", "proc")
-    beside = file_system_of(Path("/process"))
+    beside = mount_of(Path("/process"))
     assert beside is not None
     assert beside.mountpoint == "/"
 

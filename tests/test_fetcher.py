@@ -18,14 +18,17 @@ from cachefs.client.session import Session
 from cachefs.config import CacheConfig
 from cachefs.digest import BLOCK_SIZE, version_ref
 from cachefs.errors import (
+    CacheError,
     ConfigError,
     ObjectNotFound,
     OriginAccessDenied,
     OriginUnreachable,
     StaleObject,
 )
+from cachefs.fetcher.embedded import stop_embedded
 from cachefs.fetcher.hosting import take_lock
-from cachefs.store import Reader
+from cachefs.fetcher.index import Index
+from cachefs.store import Reader, Store
 
 OBJECTS = 100
 
@@ -58,7 +61,7 @@ def pid_of(home: Path) -> int:
     return int((home / "run" / "fetcher.lock").read_text())
 
 
-def wait_until(condition, seconds: float = 10.0) -> None:
+def wait_until(condition, seconds: float = 30.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -232,6 +235,59 @@ def test_what_does_not_fit_streams_through_and_capacity_holds(throttled, cache_d
     assert on_disk >= limit * 0.9, "a uniform set stays"
 
 
+def test_a_miss_in_a_full_cache_does_not_read_the_index_through(bucket, tmp_path, monkeypatch):
+    """A node of a cluster looks there for what others keep, too, now and then; for each miss it would take seconds."""
+    objects = fill(bucket, 12)
+    looks = []
+
+    def records(self):
+        looks.append(self)
+        return iter(())
+
+    monkeypatch.setattr(Index, "records", records)
+    inside = CacheConfig.make(tmp_path / "cache", size=4 * 53248, min_free=0, fetcher="inprocess")
+    connection = Connection(inside, s3(bucket))
+    try:
+        for path, data in objects.items():
+            assert read(connection, path) == data
+        assert connection.status().status["counters"]["streamed"] > 0
+        assert looks == []
+    finally:
+        connection.close()
+        stop_embedded(inside.home)
+
+
+def test_what_goes_while_the_store_is_counted_is_not_counted(bucket, tmp_path, monkeypatch):
+    """After a crash: evicted between the count of its file and the end of the counting."""
+    inside = CacheConfig.make(tmp_path / "cache", min_free=0, fetcher="inprocess")
+    objects = fill(bucket, 12)
+    connection = Connection(inside, s3(bucket))
+    evicted = threading.Event()
+    count = Store.usage
+
+    def usage(store: Store):
+        counted = count(store)
+        evicted.wait(1)  # either it has to wait for us, or it has ended long before
+        return counted
+
+    try:
+        for path in objects:
+            read(connection, path)
+        connection.close()
+        stop_embedded(inside.home)
+        (inside.home / "run" / "counted.json").unlink()
+        monkeypatch.setattr(Store, "usage", usage)
+        connection = Connection(inside, s3(bucket))
+        assert connection.evict(f"{bucket.name}/d0").count > 0
+        evicted.set()
+        while not (status := connection.status().status)["scanned"]:
+            time.sleep(0.01)
+        assert 0 < status["used"] == Store.open(inside).usage().bytes
+    finally:
+        connection.close()
+        stop_embedded(inside.home)
+
+
 def test_a_read_over_the_edge_of_what_fits_begins_with_what_is_stored(bucket, cache_dir):
     data = os.urandom(3 * BLOCK_SIZE)
     path = bucket.put("large", data)
@@ -246,6 +302,27 @@ def test_a_read_over_the_edge_of_what_fits_begins_with_what_is_stored(bucket, ca
             got += located.read(at, end - at)
         at = BLOCK_SIZE - 1000 + len(got)
     assert got == data[BLOCK_SIZE - 1000 : end]
+
+
+def test_equal_content_takes_room_once(tmp_path, cache_dir):
+    """Small and large, where the origin does not say what the content is: it is fetched, and found to be there."""
+    small, large = content(0), os.urandom(BLOCK_SIZE + 1)
+    for n in range(10):
+        (tmp_path / f"small{n}").write_bytes(small)
+    for n in range(3):
+        (tmp_path / f"large{n}").write_bytes(large)
+    settings = config(cache_dir, size=3 * BLOCK_SIZE)
+    connection = Connection(settings, Session("file", {}, {}, root=str(tmp_path)))
+    for n in range(10):
+        assert read(connection, f"{tmp_path}/small{n}") == small
+    assert connection.status().status["used"] == 53248
+    for n in range(3):
+        located = connection.need(f"{tmp_path}/large{n}", size=len(large))
+        with os.fdopen(located.fd):
+            assert located.read(0, len(large)) == large
+    status = connection.status().status
+    assert status["counters"]["streamed"] == 0
+    assert abs(status["used"] - 53248 - len(large)) < 65536  # ext4 counts metadata that a file may need
 
 
 def test_an_idle_dataset_gives_room(bucket, cache_dir):
@@ -263,6 +340,39 @@ def test_an_idle_dataset_gives_room(bucket, cache_dir):
     counters = second.status().status["counters"]
     assert counters["evicted_bytes"] > 0
     assert counters["streamed"] == 0
+
+
+def test_an_idle_dataset_gives_its_incomplete_objects_too(bucket, cache_dir):
+    """Though nothing of it is whole."""
+    path = bucket.put("a/big", os.urandom(4 * BLOCK_SIZE))
+    settings = config(cache_dir, size=5 * BLOCK_SIZE // 2)
+    first = Connection(settings, s3(bucket, root=f"{bucket.name}/a"))
+    for block in (0, 2):
+        os.close(first.need(path, offset=block * BLOCK_SIZE, length=1).fd)
+    first.close()
+    data = os.urandom(BLOCK_SIZE)
+    other = bucket.put("b/one", data)
+    second = Connection(settings, s3(bucket, root=f"{bucket.name}/b"))
+    wait_until(lambda: second.status().status["connections"] == 1)
+    assert read(second, other) == data
+    status = second.status().status
+    assert status["counters"]["streamed"] == 0
+    assert status["counters"]["evicted_bytes"] >= 2 * BLOCK_SIZE
+    assert status["used"] < 2 * BLOCK_SIZE
+    assert not list((cache_dir / "parts").iterdir())
+
+
+def test_a_block_is_kept_for_nobody_outside_of_a_cluster(bucket, cache_dir):
+    path = bucket.put("big", os.urandom(2 * BLOCK_SIZE))
+
+    async def keep() -> None:
+        connection = AsyncConnection(config(cache_dir), s3(bucket))
+        entry = await connection.info(path)
+        with pytest.raises(CacheError, match="for another node"):
+            await connection.need(path, version=entry.version, size=entry.size, length=1, keep=True)
+        await connection.close()
+
+    asyncio.run(keep())
 
 
 def test_a_pinned_dataset_gives_no_room_and_the_pin_survives_what_comes(bucket, cache_dir):
@@ -473,6 +583,26 @@ def test_what_a_refresh_replaced_goes_first_when_room_is_needed(bucket, cache_di
     for n, path in enumerate(paths):
         assert read(connection, path) == content(n + 100)
     assert not list((cache_dir / "datasets").glob("*.superseded"))
+
+
+def test_what_is_incomplete_of_what_a_refresh_replaced_goes_too(bucket, cache_dir):
+    path = bucket.put("d/big", os.urandom(4 * BLOCK_SIZE))
+    connection = Connection(config(cache_dir, size=5 * BLOCK_SIZE // 2), s3(bucket, root=f"{bucket.name}/d"))
+    connection.make_catalog()
+    for block in (0, 2):
+        os.close(connection.need(path, offset=block * BLOCK_SIZE, length=1).fd)
+    data = os.urandom(4 * BLOCK_SIZE)
+    bucket.put("d/big", data)
+    connection.make_catalog(refresh=True)
+    again = Connection(config(cache_dir), s3(bucket, root=f"{bucket.name}/d"))
+    wait_until(lambda: list((cache_dir / "datasets").glob("*.superseded")))
+    for block in (0, 2):
+        located = again.need(path, offset=block * BLOCK_SIZE, length=1)
+        assert located.read(block * BLOCK_SIZE, 1) == data[block * BLOCK_SIZE :][:1]
+        os.close(located.fd)
+    status = again.status().status
+    assert status["counters"]["streamed"] == 0
+    assert status["used"] < 5 * BLOCK_SIZE // 2
 
 
 def test_sequential_readers_are_read_ahead_of_and_random_ones_not(throttled, cache_dir):

@@ -1,11 +1,13 @@
 """One flight per object, whatever waiters do."""
 
 import asyncio
+from functools import partial
 
 import pytest
 
+from cachefs.budget import Urgency
 from cachefs.fetcher.flights import Flights
-from cachefs.fetcher.lanes import BACKGROUND, FOREGROUND, Lanes
+from cachefs.fetcher.lanes import AHEAD, BACKGROUND, FOREGROUND, Lanes
 
 
 async def test_many_waiters_cause_one_flight():
@@ -13,7 +15,7 @@ async def test_many_waiters_cause_one_flight():
     started = []
     gate = asyncio.Event()
 
-    async def fetch() -> int:
+    async def fetch(_: Urgency) -> int:
         started.append(1)
         await gate.wait()
         return 7
@@ -32,7 +34,7 @@ async def test_a_flight_nobody_waits_for_is_cancelled_and_a_newcomer_starts_afre
     flights: Flights[str] = Flights()
     cancelled = asyncio.Event()
 
-    async def hang() -> str:
+    async def hang(_: Urgency) -> str:
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
@@ -40,7 +42,7 @@ async def test_a_flight_nobody_waits_for_is_cancelled_and_a_newcomer_starts_afre
             raise
         return "never"
 
-    async def quick() -> str:
+    async def quick(_: Urgency) -> str:
         return "fresh"
 
     waiter = asyncio.create_task(flights.join("a", hang))
@@ -57,7 +59,7 @@ async def test_an_error_reaches_every_waiter_and_is_not_remembered():
     flights: Flights[int] = Flights()
     attempts = []
 
-    async def fetch() -> int:
+    async def fetch(_: Urgency) -> int:
         attempts.append(1)
         if len(attempts) == 1:
             raise OSError("origin")
@@ -90,3 +92,24 @@ async def test_foreground_overtakes_and_no_lane_is_lost():
     assert order == ["first", "read", "warm1", "warm2"]
     async with asyncio.timeout(1), lanes.lane():
         order.append("free again")
+
+
+async def test_a_reader_that_joins_what_was_begun_ahead_of_time_lifts_it():
+    lanes, flights, order, gate = Lanes(1), Flights[None](), [], asyncio.Event()
+
+    async def fetch(name: str, urgency: Urgency) -> None:
+        async with lanes.lane(urgency):
+            order.append(name)
+            await gate.wait()
+
+    async def want(name: str, level: int) -> asyncio.Task[None]:
+        task = asyncio.create_task(flights.join(name, partial(fetch, name), level))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        return task
+
+    tasks = [await want(name, AHEAD) for name in "abcd"]
+    tasks += [await want("d", FOREGROUND), await want("c", BACKGROUND)]  # who is in less of a hurry changes nothing
+    gate.set()
+    await asyncio.gather(*tasks)
+    assert order == ["a", "d", "b", "c"]

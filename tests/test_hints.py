@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import signal
 import time
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
 from cachefs import CacheFileSystem
@@ -71,6 +73,15 @@ def consumers(config: CacheConfig) -> list[dict[str, Any]]:
 def report(fs: CacheFileSystem) -> dict[str, Any]:
     (found,) = consumers(fs.config)
     return found
+
+
+def memories(home: Path) -> int:
+    """Descriptors that the fetcher has of consumers: of what they passed, and of their processes."""
+    count = 0
+    for link in Path(f"/proc/{pid_of(home)}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            count += any(word in os.readlink(link) for word in ("cachefs-plan", "pidfd"))
+    return count
 
 
 # --- what they bring -----------------------------------------------------------------------------------------
@@ -187,6 +198,33 @@ def test_ten_million_entries_make_no_pause(throttled: ThrottledBucket, fs: Cache
         wait_until(lambda: consumer.frontier > 9_000_000)
 
 
+def test_ten_million_ids_are_not_copied(throttled: ThrottledBucket, fs: CacheFileSystem):
+    """They are 80 MB in the consumer's memory, and stay there; what is replaced is let go."""
+    names = fill(throttled)
+    session, file = catalogued(fs, throttled)
+    with Catalog.open(file) as catalog:
+        ids = array("Q", [row.id for name in names if (row := catalog.find(name))])
+    for name in names:
+        fs.cat_file(name)
+    status = Path(f"/proc/{pid_of(fs.config.home)}/status")
+
+    def own_bytes() -> int:
+        return int(status.read_text().split("RssAnon:")[1].split()[0]) * 1024
+
+    with closing(Consumer(fs.config, session)) as consumer:
+        consumer.plan_ids(ids)
+        wait_until(lambda: consumer.frontier == COUNT)
+        before = own_bytes()
+        for at in (COUNT, COUNT, 5_000_000):
+            consumer.plan_ids(ids * (10_000_000 // COUNT), at=at)
+            wait_until(lambda at=at: report(fs)["end"] == at + 10_000_000 // COUNT * COUNT)
+            consumer.at(at + 1_000_000)
+            wait_until(lambda at=at: consumer.frontier >= at + 1_000_000 + LEAST_ITEMS)
+            assert own_bytes() - before < 16_000_000
+        assert len(set(throttled.reads.values())) == 1, "each is read once, though it is named 166,666 times"
+        wait_until(lambda: memories(fs.config.home) <= 4)  # the page, what is left of the plans, and its process
+
+
 def test_readers_and_the_prefetcher_never_read_twice(throttled: ThrottledBucket, fs: CacheFileSystem):
     """The reader is right behind the prefetcher, and before it at first."""
     names = fill(throttled, 200)
@@ -223,6 +261,28 @@ def test_what_does_not_fit_streams_through_and_is_read_once(
             assert set(throttled.reads.values()) == {1}
             assert len(throttled.reads) > 100
         assert report(fs)["prefetched"] > 100
+
+
+def test_a_wrong_plan_costs_the_origin_next_to_nothing(tmp_path: Path, cache_dir: Path, monkeypatch: Any):
+    """Names are right, the order is that of another epoch: what was fetched ahead is read now and then, by chance."""
+    monkeypatch.setenv("CACHEFS_MEMORY", "1G")  # of which a fetcher remembers less than this dataset has
+    count, size = 6000, 8000
+    names = [str(tmp_path / f"set/{number:04d}.jpg") for number in range(count)]
+    (tmp_path / "set").mkdir()
+    for number, name in enumerate(names):
+        Path(name).write_bytes(b"%08d" % number * (size // 8))
+    fs = fsspec.filesystem("cachefs", target_protocol="file", cache_dir=str(cache_dir), cache_size="0")
+    dice = random.Random(0)
+    with closing(told(fs, names)) as consumer:
+        consumer.plan(array("I", dice.sample(range(count), count)))
+        for read, number in enumerate(dice.sample(range(count), count)):
+            assert fs.cat_file(names[number])[:8] == b"%08d" % number
+            consumer.at(read + 1)
+        assert 0 < report(fs)["prefetched"] < count / 20
+        assert "not in the order that it said" in report(fs)["says"]
+        with closing(Connection(fs.config, None)) as connection:
+            counters: Any = connection.status().status["counters"]
+        assert counters["origin_requests"] <= 1.01 * count
 
 
 def test_items_that_fail_are_left_to_their_readers(throttled: ThrottledBucket, fs: CacheFileSystem):
@@ -268,6 +328,22 @@ def test_a_killed_fetcher_is_told_again(throttled: ThrottledBucket, fs: CacheFil
         assert [fs.cat_file(name) for name in names] == [content(n) for n in range(300)]
 
 
+def test_what_was_refused_is_not_told_to_the_next_fetcher(throttled: ThrottledBucket, fs: CacheFileSystem):
+    """It would refuse it too, and with it everything that comes after."""
+    names = fill(throttled, 20)
+    with closing(told(fs, names)) as consumer:
+        consumer.plan(array("I", range(5)))
+        with pytest.raises(PlanError, match="leave none out"):
+            consumer.plan(array("I", range(5)), at=100)
+        assert (consumer.end, consumer.parts) == (5, 1)
+        os.kill(pid_of(fs.config.home), signal.SIGKILL)
+        assert fs.cat_file(names[19]) == content(19)
+        consumer.look()
+        assert report(fs)["end"] == 5
+        consumer.plan(array("I", range(5, 10)))
+        wait_until(lambda: consumer.frontier == 10)
+
+
 def _consume(fs: CacheFileSystem, names: list[str], ready: Any) -> None:
     consumer = told(fs, names)
     consumer.plan(array("I", range(len(names))))
@@ -297,23 +373,13 @@ def test_a_killed_consumer_is_forgotten_though_its_worker_lives(throttled: Throt
 def test_the_fetcher_keeps_no_descriptor_of_what_has_ended(throttled: ThrottledBucket, fs: CacheFileSystem):
     names = fill(throttled, 10)
     fs.cat_file(names[0])
-    folder = Path(f"/proc/{pid_of(fs.config.home)}/fd")
-
-    def memories() -> int:
-        count = 0
-        for link in folder.iterdir():
-            try:
-                count += any(word in os.readlink(link) for word in ("cachefs-plan", "pidfd"))
-            except FileNotFoundError:
-                continue
-        return count
-
+    home = fs.config.home
     with closing(told(fs, names)) as consumer:
         for _ in range(20):
             consumer.at(consumer.end)
             consumer.plan(array("I", range(10)))
-        assert 2 <= memories() <= 24
-    wait_until(lambda: memories() == 0)
+        assert 2 <= memories(home) <= 24
+    wait_until(lambda: memories(home) == 0)
 
 
 # --- wrong ones ----------------------------------------------------------------------------------------------

@@ -100,6 +100,41 @@ def test_shards_of_webdataset(fs: CacheFileSystem, throttled: ThrottledBucket):
     assert throttled.reads == {f"shards/{shard}.tar": 1 for shard in range(6)}
 
 
+def test_items_that_have_paths(names: list[str], fs: CacheFileSystem):
+    shards = [{"url": name, "number": number} for number, name in enumerate(names)]
+    items = cachefs.hinted(iter(shards), fs, key=lambda shard: shard["url"])
+    seen = [next(items)]
+    assert consumers(fs)[0]["end"] == COUNT
+    assert [*seen, *items] == shards
+    with pytest.warns(RuntimeWarning, match="no hints"):
+        assert list(cachefs.hinted(shards, fs, key=lambda shard: shard["path"])) == shards
+
+
+def test_datasets_of_hugging_face_in_torch_format(names: list[str], fs: CacheFileSystem, throttled: ThrottledBucket):
+    datasets = pytest.importorskip("datasets")
+    images = datasets.Dataset.from_dict({"path": names, "number": range(COUNT)}).shuffle(seed=1).with_format("torch")
+
+    def run(wrap: Callable[[Any], Any]) -> list[int]:
+        torch.manual_seed(5)
+        seen: list[int] = []
+        for batch in wrap(DataLoader(images, batch_size=8, shuffle=True, num_workers=2)):
+            data = [fs.cat_file(path) for path in batch["path"]]
+            assert [each[0] for each in data] == batch["number"].tolist()
+            seen += batch["number"].tolist()
+        return seen
+
+    made: list[Any] = []
+
+    def hinting(loader: Any) -> Any:
+        made.append(loader)
+        return cachefs.torch.hinted(loader, images["path"], fs)
+
+    assert run(hinting) == run(lambda loader: loader)
+    assert made[0].batch_sampler._consumer.position == COUNT
+    assert throttled.reads == {f"set/{number:03d}.jpg": 1 for number in range(COUNT)}
+    made[0].batch_sampler._consumer.close()
+
+
 # --- frameworks ------------------------------------------------------------------------------------------------
 
 
@@ -152,9 +187,9 @@ def test_accelerate(processes: int, seedable: bool, names: list[str], fs: CacheF
         return [batch.tolist() for _ in range(2) for batch in loader]
 
     sampler = with_and_without(run, names, fs)
-    # For several processes Accelerate gives the sampler a generator, so the third epoch is known, and announced.
-    generator = processes == 2 and not seedable
-    assert sampler._consumer.end == (3 if generator else 2) * COUNT
+    # A seedable sampler counts its epochs, and for several processes Accelerate gives the other one a generator: the
+    # third epoch is known, and announced.
+    assert sampler._consumer.end == (3 if seedable or processes == 2 else 2) * COUNT
     assert sampler._consumer.position == 2 * COUNT
     sampler._consumer.close()
 

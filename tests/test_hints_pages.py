@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import os
+import time
 from array import array
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from cachefs.fetcher.prefetch.pages import MOST_BYTES, Pages, Sampling, pages_present, read_ahead
+from cachefs.fetcher.prefetch.pages import (
+    MOST_BYTES,
+    RECENT_SECONDS,
+    TIMED,
+    Pages,
+    Sampling,
+    pages_present,
+    read_ahead,
+)
 from cachefs.hints.consumer import Consumer
 from cachefs.hints.places import place_of
 from tests.command_line import CommandLine
@@ -40,7 +49,10 @@ def present(file: Path) -> bool:
         os.close(fd)
 
 
-@pytest.fixture(autouse=True)
+pytestmark = pytest.mark.usefixtures("told_by_the_kernel")
+
+
+@pytest.fixture
 def told_by_the_kernel(tmp_path: Path) -> None:
     file = tmp_path / "probe"
     file.write_bytes(b"x")
@@ -98,6 +110,51 @@ def test_what_cannot_be_opened_holds_nobody_up(tmp_path: Path, monkeypatch: pyte
     pages.bring(str(tmp_path / "there"), Sampling())
     wait_until(lambda: pages._queue.empty())
     assert found == [True], "nothing is opened for one who has left"
+    pages.close()
+
+
+def test_what_is_no_file_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The path is a consumer's word. Nobody waits at a fifo, and no device is touched."""
+    pages = Pages()
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "there").write_bytes(b"x")
+    found: list[bool] = []
+    sampling = Sampling()
+    monkeypatch.setattr(sampling, "found", found.append)
+    for path in (tmp_path / "fifo", "/dev/zero", "with\0nul", tmp_path, "x" * 10_000, tmp_path / "fifo"):
+        pages.bring(str(path), sampling)
+    pages.bring(str(tmp_path / "there"), sampling)
+    wait_until(lambda: found == [True])
+    assert all(thread.is_alive() for thread in pages._threads)
+    pages.close()
+
+
+def test_a_disk_that_is_slow_to_read_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """One file in some is read to its end; those that are in memory say nothing of the disk."""
+    sampling, pages = Sampling(), Pages()
+    right, slept = os.pread, 0
+
+    def slow(fd: int, count: int, at: int) -> bytes:
+        nonlocal slept
+        slept += 1
+        time.sleep(0.2)
+        return right(fd, count, at)
+
+    monkeypatch.setattr(os, "pread", slow)
+    file = tmp_path / "file"
+    file.write_bytes(bytes(SIZE))
+    for _ in range(3):
+        pages.bring(str(file), sampling)
+    wait_until(lambda: sampling._right == 3)
+    assert sampling.seconds(time.monotonic()) == 0.0
+    for _ in range(TIMED + 1):
+        before = sampling._cold
+        forget(file)
+        pages.bring(str(file), sampling)
+        wait_until(lambda before=before: sampling._cold == before + 1)
+    wait_until(lambda: sampling.seconds(time.monotonic()) >= 0.2)
+    assert slept == 4, "two of them were timed, in two pieces each"
+    assert sampling.seconds(time.monotonic() + RECENT_SECONDS + 1) == 0.0
     pages.close()
 
 

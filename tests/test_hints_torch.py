@@ -171,7 +171,7 @@ def test_it_passes_for_the_sampler_that_it_wraps():
 
 @pytest.mark.usefixtures("silent")
 def test_an_endless_sampler(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cachefs.torch, "EPOCH_ITEMS", 10)
+    monkeypatch.setattr(cachefs.torch.sampler, "EPOCH_ITEMS", 10)
     items = iter(cachefs.torch.hinted(Endless(), ["a", "b", "c", "d"]))
     assert [next(items) for _ in range(31)] == [3, 1, 2] * 10 + [3]
 
@@ -237,6 +237,20 @@ def test_the_next_epoch_is_announced_in_the_middle_of_this_one(
     consumer.close()
 
 
+def test_of_a_long_epoch_the_next_one_is_announced_long_before_its_middle(
+    silent: None, monkeypatch: pytest.MonkeyPatch
+):
+    """What has passed before that, no cache can keep for it."""
+    monkeypatch.setattr(cachefs.torch.sampler, "SOON_ITEMS", 5)
+    mine: Any = cachefs.torch.hinted(DistributedSampler(DATA, 2, 0, seed=1), [])
+    items = iter(mine)
+    ends = []
+    for _ in range(8):
+        next(items)
+        ends.append(mine._consumer.end)
+    assert ends == [COUNT // 2] * 5 + [COUNT] * 3
+
+
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("kind", ["random", "random, replaced", "weighted", "subset", "batches"])
 def test_the_next_epoch_of_a_generator_is_announced_too(kind: str, shared: bool, names: Any, fs: CacheFileSystem):
@@ -276,7 +290,8 @@ def test_a_loop_that_is_left_early(names: Any, fs: CacheFileSystem):
         if number == 10:
             break
     assert list(sampler) == list(range(COUNT))
-    assert sampler._consumer.end == sampler._consumer.position == 10 + COUNT
+    assert sampler._consumer.position == 10 + COUNT
+    assert sampler._consumer.end == 10 + 2 * COUNT, "one more epoch of the same"
     sampler._consumer.close()
 
 
@@ -297,8 +312,9 @@ def test_what_is_no_number_of_an_item(names: Any, fs: CacheFileSystem):
         assert list(cachefs.torch.hinted(strange, names, fs)) == strange
     sampler: Any = cachefs.torch.hinted([torch.tensor(3), -1, 10**12], names, fs)
     assert [int(n) for n in sampler] == [3, -1, 10**12]
-    wait_until(lambda: consumers(fs)[0]["prefetched"] == 2)
-    assert consumers(fs)[0]["unknown"] == 1
+    wait_until(lambda: sampler._consumer.frontier == 6)
+    assert consumers(fs)[0]["prefetched"] == 2
+    assert consumers(fs)[0]["unknown"] == 2, "in this epoch, and in the next one, which will be the same"
     sampler._consumer.close()
 
 

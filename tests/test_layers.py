@@ -126,6 +126,7 @@ def test_readers_import_no_fetcher_and_no_origin_client(module):
         ("cachefs.store.reader", HEAVY | {"fsspec", "msgspec", "asyncio"}),
         ("cachefs.client", HEAVY | {"fsspec"}),
         ("cachefs.filesystem", HEAVY),
+        ("cachefs.cluster.membership", HEAVY | {"lightkube", "httpx2", "etcd3gw", "requests", "dns"}),
     ],
 )
 def test_importing_a_reader_loads_nothing_heavy(module, forbidden):

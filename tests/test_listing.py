@@ -29,6 +29,7 @@ class FakeOrigin:
     identity: str = "fake"
     fail: dict[str, Exception] = field(default_factory=dict)  # below this directory, on the second page
     gate: asyncio.Event | None = None  # pages wait for it
+    ordered: bool = False
     calls: list[tuple[str, str]] = field(default_factory=list)
     pages: int = 0
     in_flight: int = 0
@@ -67,6 +68,9 @@ class FakeOrigin:
         keys = [key for key in sorted(self.objects) if key.startswith(prefix) and key > after]
         async for page in self._pages(path, [self.entry(key) for key in keys]):
             yield page
+
+    def in_key_order(self, path: str) -> bool:
+        return self.ordered
 
     async def _pages(self, path: str, found: list[Entry]) -> AsyncIterator[list[Entry]]:
         self.in_flight += 1

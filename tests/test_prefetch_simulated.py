@@ -105,10 +105,34 @@ def test_a_pace_that_is_not_the_limit_stays():
     assert pace.limit == Pace().limit
 
 
+def test_after_a_time_in_which_little_was_wanted_more_are_tried_at_once():
+    pace, line = Pace(), Line(0.05, 80e6)
+    pace.failed(0.0)
+    for _ in range(2):
+        pace.failed(1.0)
+        pace.failed(2.0)
+    few = pace.limit
+    line.now = 10.0
+    pace.starved()
+    line.drive(pace, 1)
+    assert pace.limit > few
+
+
+def test_what_comes_while_little_is_wanted_says_nothing():
+    """Requests wait for a busy processor, and with fewer at a time as much would come."""
+    pace = Pace()
+    for n in range(4000):
+        pace.starved()
+        pace.done(n * 0.01, SIZE, 0.05 if n < 200 else 0.2, flying=pace.limit)
+    assert pace.limit == Pace().limit
+
+
 def test_the_window_is_seconds_of_consumption():
     assert window(0) == LEAST_ITEMS
     assert window(100) == 400
     assert window(1e6) == MOST_ITEMS
+    assert window(1e6, 0) == LEAST_ITEMS, "the cache is full: not all of it at once"
+    assert window(1e6, 1_000_000) == MOST_ITEMS
     assert page_window(0) == LEAST_PAGES
     assert page_window(300) == 300
 
@@ -133,6 +157,8 @@ FINE = Figures(
     window=400,
     late=0,
     waited=0,
+    paged=0.01,
+    lead=1.0,
     origin_rate=20e6,
     at_once=24,
     bound_by_origin=False,
@@ -150,6 +176,9 @@ FINE = Figures(
         ({"late": 3, "waited": 0.05}, "none", "decoding or the GPU"),
         ({"late": 90, "waited": 15, "ahead": 3, "bound_by_origin": True}, "origin", "19.1 MiB/s in 24 requests"),
         ({"late": 90, "waited": 15, "ahead": 3, "slow_disk": True}, "SSD", "SSD takes bytes more slowly"),
+        ({"paged": 0.9}, "SSD", "take 0.9 s from the SSD into memory, and are read 1.0 s after"),
+        ({"paged": 0.9, "idle": 60}, "idle", "taken nothing"),
+        ({"paged": 0.9, "late": 90, "waited": 15, "ahead": 3}, "origin", "more is wanted"),
         ({"late": 90, "waited": 15, "ahead": 3, "bound_by_memory": True}, "memory", "cache is full"),
         ({"late": 90, "waited": 15}, "plan", "another order"),
         ({"idle": 60}, "idle", "taken nothing for 60 s"),

@@ -23,6 +23,7 @@ from cachefs import digest
 from cachefs_sidecar.control import list_mounts, mount_status
 from tests.command_line import s3, script
 from tests.machine import ThrottledBucket
+from tests.nodes import Node, cluster
 
 PAGE = Path(__file__).resolve().parents[1] / "cachefs" / "SEMANTICS.md"
 
@@ -40,6 +41,29 @@ def blocks() -> Iterator[Any]:
         yield pytest.param("\n" * line + part[2], id=f"{name}-{count}", marks=marks)
 
 
+class _Node:
+    """A node of a cluster."""
+
+    def __init__(self, node: Node, world: World) -> None:
+        self.name = node.name
+        self.kill = node.kill
+        self._node = node
+        self._world = world
+
+    def names(self) -> list[str]:
+        """As a file system that begins now shows them."""
+        paths = self._world.filesystem(cache_dir=str(self._node.home)).find(self._world.name)
+        return sorted(path.removeprefix(f"{self._world.name}/") for path in paths)
+
+    def refresh(self) -> list[str]:
+        """The nodes that were not taken along."""
+        cache: list[str | Path] = ["--cache-dir", self._node.home, "--json"]
+        outcome = script("refresh", self._world.url, *cache, *s3(self._world.bucket.options))
+        behind = [each["node"] for each in outcome.json[0]["behind"]]
+        assert outcome.code == (1 if behind else 0)
+        return behind
+
+
 class World:
     """What the blocks' words mean."""
 
@@ -48,7 +72,9 @@ class World:
         self.home = home
         self.name = bucket.name
         self.url = bucket.url
+        self._folder = folder
         self._mountpoint = folder / "data"
+        self._open = contextlib.ExitStack()
         self.errno, self.hashlib, self.os, self.shutil, self.stat = errno, hashlib, os, shutil, stat
         self.concurrent, self.digest = concurrent, digest
 
@@ -87,9 +113,8 @@ class World:
             "cachefs",
             target_protocol="s3",
             target_options=self.bucket.options,
-            cache_dir=str(self.home),
             skip_instance_cache=True,
-            **options,
+            **{"cache_dir": str(self.home), **options},
         )
 
     def blobs(self) -> list[Path]:
@@ -127,10 +152,17 @@ class World:
         mounted = next(each for each in list_mounts() if Path(each.mountpoint) == self._mountpoint)
         os.kill(mount_status(mounted)["workers"][0]["pid"], signal.SIGKILL)
 
+    def nodes(self, count: int) -> list[_Node]:
+        nodes = self._open.enter_context(cluster(self._folder, self.bucket, count))
+        for node in nodes:
+            node.connection.make_catalog()
+        return [_Node(node, self) for node in nodes]
+
     def names(self) -> dict[str, Any]:
         return {each: getattr(self, each) for each in (*vars(self), *dir(type(self))) if not each.startswith("_")}
 
     def close(self) -> None:
+        self._open.close()
         if os.path.ismount(self._mountpoint):
             self.cachefs_umount()
 

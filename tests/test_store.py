@@ -570,3 +570,44 @@ def test_puts_race_evictions_and_nothing_is_lost_or_leaked(tmp_path: Path, direc
             store.unlink_ref(dataset, name)
     assert store.usage() == (0, 0)
     assert files_below(*(d / s for d in store.live for s in ("blobs", "refs", "tmp"))) == []
+
+
+def test_the_store_says_what_came_onto_the_disk(store: Store) -> None:
+    """Not what was there before, and less what it replaced; a large object that was written block by block, once."""
+    one, two, large = (os.urandom(size) for size in (1 << 20, 2 << 20, BLOCK_SIZE + (1 << 20)))
+    store.put(one, links=[(DATASET, ref(1))])
+    assert store.arrived() == 1 << 20
+    store.put(one, links=[(OTHER, ref(1)), (OTHER, ref(2))])
+    assert store.arrived() == 0
+    store.put(two, links=[(DATASET, ref(1))])
+    assert store.arrived() == 2 << 20
+    store.put(two, links=[(OTHER, ref(1)), (OTHER, ref(2))])
+    assert abs(store.arrived() + (1 << 20)) < SLACK  # nothing names the first any more
+    for number in range(2):
+        part = store.part(ref(9), len(large))
+        for block in (0, 1, 0):
+            start, stop = block_range(block, len(large))
+            part.write(block, large[start:stop])
+        assert store.arrived() == len(large) + 4096  # and a map
+        part.finish([(DATASET, ref(3 + number))])
+        assert abs(store.arrived() + (len(large) if number else 0)) < SLACK
+    store.path(content_key(one[:0] + two)).chmod(0o600)
+    store.path(content_key(two)).write_bytes(two[:-1] + b"?")
+    store.put(two, links=[(DATASET, ref(1)), (OTHER, ref(1)), (OTHER, ref(2))])
+    assert abs(store.arrived()) < 2 * (1 << 20) + SLACK
+    assert abs(store.usage().bytes - len(large) - len(two)) < SLACK
+
+
+def test_many_that_put_the_same_count_once(store: Store) -> None:
+    contents = [os.urandom(1 << 16) for _ in range(20)]
+
+    def put(seed: int) -> None:
+        for number, content in enumerate(contents):
+            store.put(content, links=[(DATASET, ref(number * 10 + seed))])
+
+    threads = [threading.Thread(target=put, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert store.arrived() == 20 << 16

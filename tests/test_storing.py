@@ -23,10 +23,10 @@ class Watched(Store):
     pause = 0.0
     callers: list[threading.Thread]
 
-    def put(self, data, *, links=()):
+    def put(self, data, *, links=(), tag=b""):
         self.callers.append(threading.current_thread())
         time.sleep(self.pause)
-        return super().put(data, links=links)
+        return super().put(data, links=links, tag=tag)
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ async def test_a_slow_disk_is_left_to_threads_for_a_while(store, monkeypatch):
 async def test_one_that_fails_slowly_counts_too(store, monkeypatch):
     hand = Storing(store)
 
-    def fail(data, *, links=()):
+    def fail(data, *, links=(), tag=b""):
         time.sleep(storing.PROMPT_SECONDS * 4)
         raise OSError("the disk fails")
 

@@ -7,6 +7,7 @@ import http.client
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from botocore.config import Config
 
 from cachefs.digest import content_key
 from cachefs_sidecar.testbed import S3Server, Throttle, fetcher_pid, make_photographs, stop_fetcher
+from cachefs_sidecar.testbed.network import Host, network, why_no_network
 from cachefs_sidecar.testbed.photographs import LARGEST, SMALLEST
 
 
@@ -266,6 +268,34 @@ def test_a_stopped_server_looks_stopped_through_the_throttle(tmp_path):
             read(options, "bucket/a")
         server.start()
         assert read(options, "bucket/a") == b"a"
+
+
+# --- hosts of their own -------------------------------------------------------------------------------------------
+
+
+def reaches(host: Host, address: str, port: int) -> bool:
+    program = f"import socket; socket.create_connection(({address!r}, {port}), timeout=1).close()"
+    return (
+        subprocess.run([*host.prefix, sys.executable, "-S", "-c", program], stderr=subprocess.DEVNULL).returncode == 0
+    )
+
+
+@pytest.mark.needs_root
+@pytest.mark.skipif(bool(why_no_network()), reason=why_no_network())
+def test_two_networks_do_not_meet_and_nothing_of_them_is_left():
+    with network(1) as (here, (host,)), network(1) as (there, (other,)), socket.create_server((here, 0)) as listener:
+        assert here.rpartition(".")[0] != there.rpartition(".")[0]
+        port = listener.getsockname()[1]
+        assert reaches(host, here, port)
+        assert not reaches(other, here, port)
+        host.cut()
+        assert not reaches(host, here, port)
+        host.mend()
+        host.slow("10mbit")
+        assert reaches(host, here, port)
+    left = subprocess.run(["ip", "-o", "link"], capture_output=True, text=True, check=True).stdout
+    assert host.link not in left
+    assert f"{here}/24" not in subprocess.run(["ip", "-o", "address"], capture_output=True, text=True).stdout
 
 
 # --- photographs ------------------------------------------------------------------------------------------------

@@ -36,3 +36,17 @@ def test_replacing_one_closes_it():
     station.put("a", transit(2))
     assert len(os.listdir("/proc/self/fd")) == before + 1
     station.close()
+
+
+def test_one_that_is_pushed_out_stays_open_for_whoever_has_it():
+    """Else its number would be another file's by the time that the reader is given it."""
+    station = TransitStation(keep=100)
+    before = len(os.listdir("/proc/self/fd"))
+    held = transit(100)
+    station.put("a", held)
+    station.put("b", transit(100))
+    assert station.get("a") is None
+    assert os.pread(held.fd, 200, 0) == b"x" * 100
+    del held
+    station.close()
+    assert len(os.listdir("/proc/self/fd")) == before

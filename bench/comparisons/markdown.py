@@ -86,8 +86,10 @@ def _settings(all_findings: Mapping[str, Findings]) -> Iterator[str]:
     for name in seen:
         yield f"| {title(name)} | {load(name).settings.replace('|', chr(92) + '|')} |"
     yield ""
-    for name in dict.fromkeys(name for findings in all_findings.values() for name in findings.skipped):
-        if why := load(name).missing():
+    # As the run said it: a report that is written anew may be written where other packages are.
+    reasons = {name: why for findings in all_findings.values() for name, why in findings.skipped.items()}
+    for name, why in reasons.items():
+        if name not in seen:
             yield f"- Skipped: {title(name)}: {why}."
     yield ""
 

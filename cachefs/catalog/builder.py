@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 from cachefs.catalog import names
 from cachefs.catalog.catalog import Catalog
 from cachefs.catalog.format import APPLICATION_ID, DAMAGE, FORMAT, ROOT, SCHEMA, Row, Summary
+from cachefs.catalog.keys import put_keys, sync
 from cachefs.catalog.staging import CACHE_KIB, Staging
 from cachefs.errors import CacheError, CacheFSError, CatalogError
 
@@ -58,8 +59,9 @@ class Builder:
         previous: Catalog | None = None,
         last_id: int = 0,
         resume: bool = True,
+        created: float | None = None,
     ) -> None:
-        """last_id: the largest inode number that may be in use, for when `previous` cannot say it.
+        """last_id: the largest inode number that may be in use, for when `previous` cannot say it. created: None = now.
 
         Raises CatalogError (another process at work on the same file), CacheFull, CacheError.
         """
@@ -70,6 +72,7 @@ class Builder:
         # A connection of our own: `seal` runs in a thread while others use the previous catalog.
         self._previous = None if previous is None else previous.file
         self._last_id = max(ROOT, last_id, 0 if previous is None else previous.summary.last_id)
+        self._created = created
         self._cancelled = False
         self._staging = Staging(file.with_name(file.name + ".building"), identity=identity, root=root, resume=resume)
 
@@ -80,6 +83,10 @@ class Builder:
     def add_all(self, entries: Iterable[Entry]) -> None:
         for entry in entries:
             self._staging.add(entry)
+
+    def skip(self, path: str, reason: str) -> None:
+        """Note what is not served, and why, where that is known already. Raises CacheFull."""
+        self._staging.note_skipped(path, reason)
 
     def checkpoint(self, token: str, objects: int = 0, size: int = 0) -> None:
         """Everything that `token` stands for was added (objects, size: how many, how many bytes of it)."""
@@ -119,9 +126,9 @@ class Builder:
         try:
             self._sealing.unlink(missing_ok=True)
             self._fill(previous)
-            _sync(self._sealing)
+            sync(self._sealing)
             os.replace(self._sealing, self._file)
-            _sync(self._file.parent)
+            sync(self._file.parent)
         except BaseException as error:
             self._sealing.unlink(missing_ok=True)
             self._staging.rollback()
@@ -150,8 +157,11 @@ class Builder:
                 target.executemany("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?)", self._until_cancelled(rows))
             target.executemany("INSERT INTO skipped VALUES (?, ?)", self._staging.skipped())
             (skipped,) = target.execute("SELECT count(*) FROM skipped").fetchone()
-            summary = numbering.summary(self._identity, self._root, skipped)
+            summary = numbering.summary(self._identity, self._root, skipped, self._created)
             target.execute(f"INSERT INTO summary VALUES ({', '.join('?' * len(summary))})", summary)  # noqa: S608
+            if previous is not None and previous.has_keys:
+                # An entry that keeps its number is the same version, so it keeps its content key.
+                put_keys(target, previous.keys())
             target.execute("COMMIT")
         finally:
             target.close()
@@ -227,7 +237,7 @@ class _Numbering:
         self._staging.number_folder(folder + b"\0" + name if folder else name, id, old)
         return id
 
-    def summary(self, identity: str, root: str, skipped: int) -> Summary:
+    def summary(self, identity: str, root: str, skipped: int, created: float | None) -> Summary:
         return Summary(
             identity=identity,
             root=root,
@@ -237,7 +247,7 @@ class _Numbering:
             bytes=self._bytes,
             skipped=skipped,
             last_id=self._last_id,
-            created=time.time(),
+            created=time.time() if created is None else created,
             median_size=self._sizes.median(),
         )
 
@@ -291,11 +301,3 @@ class _Median:
             if left < 0:
                 return self._examples[step]
         return 0
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,6 +9,10 @@ its children's.
     entries(id, parent, name, directory, size, mtime_ns, version)
     skipped(name, reason)            what the origin has and no file system can show, see names.py
     summary(...)                     one row; a file without it was never finished
+    keys(id, key)                    content keys (cachefs/digest.py) of the files whose content is known
+
+Format 1 is all but the last; a catalog with content keys has format 2, and everything else in it is as in format 1. So
+one that has none can be read by versions of cachefs that know none.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ ROOT = 1
 # Kept in the database header, so that a foreign or future file is recognised before SQLite reads it.
 APPLICATION_ID = int.from_bytes(b"cfsC", "big")
 FORMAT = 1
+WITH_KEYS = 2
 
 SCHEMA = """
 CREATE TABLE entries(
@@ -41,6 +46,8 @@ CREATE TABLE summary(
     directories INTEGER NOT NULL, bytes INTEGER NOT NULL, skipped INTEGER NOT NULL, last_id INTEGER NOT NULL,
     created REAL NOT NULL, median_size INTEGER NOT NULL);
 """
+
+KEYS_SCHEMA = "CREATE TABLE IF NOT EXISTS keys(id INTEGER PRIMARY KEY, key BLOB NOT NULL)"
 
 # SQLite's database header (https://www.sqlite.org/fileformat.html#the_database_header): magic, page size,
 # page count, user version, application id.
@@ -89,8 +96,8 @@ def prefix_of(root: str) -> str:
     return root if not root or root.endswith("/") else root + "/"
 
 
-def check_header(file: Path) -> None:
-    """Raise CatalogError unless `file` is a catalog of this format with all its pages; reads 100 bytes."""
+def check_header(file: Path) -> int:
+    """The format of a catalog. Raises CatalogError unless it is a known one with all its pages; reads 100 bytes."""
     try:
         with open(file, "rb") as stream:
             header = stream.read(_HEADER.size)
@@ -102,9 +109,9 @@ def check_header(file: Path) -> None:
     magic, page_size, pages, version, application = _HEADER.unpack(header)
     if magic != _MAGIC or application != APPLICATION_ID:
         raise CatalogError(f"catalog {file}: not a catalog; list the dataset again", path=str(file))
-    if version != FORMAT:
+    if version not in (FORMAT, WITH_KEYS):
         raise CatalogError(
-            f"catalog {file}: has format {version}, this version of cachefs reads format {FORMAT}; "
+            f"catalog {file}: has format {version}, this version of cachefs reads formats {FORMAT} to {WITH_KEYS}; "
             "upgrade cachefs, or list the dataset again",
             path=str(file),
         )
@@ -113,6 +120,7 @@ def check_header(file: Path) -> None:
             f"catalog {file}: {length} bytes instead of {pages} pages of {page_size}; list the dataset again",
             path=str(file),
         )
+    return int(version)
 
 
 # SQLite's names for a disk that fails or refuses (https://www.sqlite.org/rescode.html).

@@ -4,6 +4,9 @@ A refresh puts a newer catalog beside the old ones, and old ones are removed som
 the one it serves for as long as it lives (a worker that dies is replaced), and so must a file system in a training
 job. So whoever serves a catalog holds a shared lock (flock) on its file, and the fetcher removes a file only when it
 gets the lock for itself. The kernel gives a lock back when its process dies, however it dies.
+
+A catalog that is listed again, or sealed, may come under a name that is served already (`put`): the lock is on the file
+that had it, which then stays under another name, FILE.<inode>.held, and FILE stays for as long.
 """
 
 from __future__ import annotations
@@ -21,6 +24,9 @@ log = logging.getLogger("cachefs.fetcher")
 
 # Kept although nobody holds them: a reader that begins reads the dataset's record first and takes its hold then.
 KEEP = 3
+
+# Ends the name of a file that has lost its own to another one, and is served.
+_HELD = ".held"
 
 
 class Hold:
@@ -74,10 +80,29 @@ def shared_hold(file: Path) -> Hold | None:
         return found
 
 
+def put(made: Path, file: Path) -> None:
+    """Let the catalog `made` have the name `file`, whoever holds what had it. Raises OSError."""
+    try:
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        os.replace(made, file)
+        return
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks: nobody can hold anything there
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.link(file, file.with_name(f"{file.name}.{os.fstat(fd).st_ino}{_HELD}"))
+        os.replace(made, file)
+    finally:
+        os.close(fd)
+
+
 def forget_old(folder: Path, current: str) -> None:
     """Remove the catalogs in `folder` that nobody serves, but for `current` and the few newest."""
+    served = {was.name.rsplit(".", 2)[0] for was in folder.glob(f"*{_HELD}") if not _remove_unless_held(was)}
     files = sorted(folder.glob("*.sqlite"), key=lambda f: f.stat().st_mtime, reverse=True)
-    for file in [f for f in files if f.name != current][KEEP - 1 :]:
+    for file in [f for f in files if f.name != current and f.name not in served][KEEP - 1 :]:
         age = time.time() - file.stat().st_mtime
         if _remove_unless_held(file):
             log.info("%s: made %d s ago and superseded, removed", file.name, age)

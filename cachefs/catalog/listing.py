@@ -2,17 +2,16 @@
 
 An object store answers 1,000 names per request and, below one prefix, one request after the other, so speed comes
 from listing several prefixes at once. First the upper directories are listed level by level until there are enough
-of them (a lone `train/` is gone through); then everything below each is listed flat. What lies below a directory
-that is done is not listed again after a restart.
+of them (a lone `train/` is gone through); then everything below each is listed flat, in ranges where there is much
+(`ranges`). What lies below a directory that is done is not listed again after a restart.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from cachefs.catalog.builder import Builder
 from cachefs.catalog.catalog import Catalog
 from cachefs.catalog.format import prefix_of
+from cachefs.catalog.ranges import RangedListing, closing
 from cachefs.errors import ConfigError, ObjectNotFound
 
 if TYPE_CHECKING:
@@ -34,6 +34,9 @@ _MAX_LEVELS = 16
 # A level with more directories than this is listed flat from above: one request each would cost more than one
 # request per 1,000 names, and their names would have to stay in memory (100 bytes each).
 _MAX_FOLDERS = 25_000
+
+# With more objects than this a level is listed flat from above, too, where that can be done in ranges.
+_MAX_OBJECTS = 20_000
 
 _PROGRESS_SECONDS = 0.2  # often enough for an eye, seldom enough to cost nothing
 
@@ -58,6 +61,8 @@ class Lister(Protocol):
         """In key order at least where directories can have the names in _AMBIGUOUS."""
         ...
 
+    def in_key_order(self, path: str) -> bool: ...
+
 
 async def build(
     origin: Lister,
@@ -68,12 +73,13 @@ async def build(
     last_id: int = 0,
     progress: Progress | None = None,
     resume: bool = True,
+    at_once: int | None = None,
 ) -> Catalog:
     """List everything below `root` of `origin` and seal it as the catalog `file`.
 
     progress(objects, bytes) is called at most every 0.2 s, and once at the end; also while the catalog is written.
     What was listed before a failure or a cancellation is kept for an hour, and the next call goes on from there
-    unless resume=False. previous, last_id: see Builder.
+    unless resume=False. previous, last_id: see Builder. at_once: how many directories are listed at a time.
 
     Raises ObjectNotFound (there is nothing at `root`), ConfigError (`root` is an object), CacheFull, CacheError,
     and what the origin raises.
@@ -85,7 +91,7 @@ async def build(
     )
     try:
         builder = await asyncio.shield(asyncio.wrap_future(opening))
-        listing = _Listing(origin, root, builder, thread, progress)
+        listing = _Listing(origin, root, builder, thread, progress, at_once or _CONCURRENCY)
         await listing.run()
         return await listing.seal()
     finally:
@@ -111,7 +117,9 @@ class _Listing:
         builder: Builder,
         thread: ThreadPoolExecutor,
         progress: Progress | None,
+        at_once: int,
     ) -> None:
+        self._at_once = at_once
         self._origin = origin
         self._root = root
         self._builder = builder
@@ -122,6 +130,7 @@ class _Listing:
         self._bytes = 0
         self._found_any = False
         self._root_is_object = False
+        self._idle = asyncio.Semaphore(at_once)
 
     async def run(self) -> None:
         folders = await self._fan_out()
@@ -153,18 +162,18 @@ class _Listing:
             below: list[str] = []
             await self._each(folders, partial(self._level, below))
             folders = sorted(below)
-            if not folders or len(folders) >= _CONCURRENCY:
+            if not folders or len(folders) >= self._at_once:
                 break
         return folders
 
     async def _level(self, below: list[str], folder: str) -> None:
         """Take the entries directly in `folder`; add its directories to `below`."""
         prefix = prefix_of(folder)
-        ambiguous = False
+        ambiguous = flat = False
         found: list[str] = []
-        before = self._objects, self._bytes
+        objects = size = 0
         try:
-            async with _closing(self._origin.list_level(folder)) as pages:
+            async with closing(self._origin.list_level(folder)) as pages:
                 async for page in pages:
                     served = []
                     for entry in page:
@@ -175,13 +184,17 @@ class _Listing:
                                 continue  # no directory, only how objects below it are called
                             found.append(prefix + name)
                         served.append(entry)
-                    await self._take(served)
-                    if len(found) > _MAX_FOLDERS:
+                    more, more_bytes = await self._take(served)
+                    objects += more
+                    size += more_bytes
+                    flat = len(found) > _MAX_FOLDERS or (objects > _MAX_OBJECTS and self._origin.in_key_order(folder))
+                    if flat:
                         break
         except ObjectNotFound:
             return  # vanished since its parent was listed; for the root, _explain_nothing asks again
-        if len(found) > _MAX_FOLDERS:
-            self._objects, self._bytes = before  # they come again
+        if flat:
+            self._objects -= objects  # they come again
+            self._bytes -= size
             await self._whole(folder)
             return
         if ambiguous:
@@ -196,7 +209,7 @@ class _Listing:
         """
         prefix = prefix_of(folder)
         wanted = tuple(f"{prefix}{name}/" for name in _AMBIGUOUS)
-        async with _closing(self._origin.list_all(folder, after=prefix + ".")) as pages:
+        async with closing(self._origin.list_all(folder, after=prefix + ".")) as pages:
             async for page in pages:
                 await self._take([entry for entry in page if entry.path.startswith(wanted)])
                 if page and page[-1].path >= prefix + "0":
@@ -213,12 +226,15 @@ class _Listing:
             self._bytes += earlier[1]
             return
         objects = size = 0
+
+        async def take(page: list[Entry]) -> None:
+            nonlocal objects, size
+            more, more_bytes = await self._take(page)
+            objects += more
+            size += more_bytes
+
         try:
-            async with _closing(self._origin.list_all(folder)) as pages:
-                async for page in pages:
-                    more, more_bytes = await self._take(page)
-                    objects += more
-                    size += more_bytes
+            await RangedListing(self._origin, folder, self._idle, take).run()
         except ObjectNotFound:
             return  # vanished since its parent was listed: there is nothing below it
         await self._in_thread(partial(self._builder.checkpoint, folder, objects, size))
@@ -246,11 +262,12 @@ class _Listing:
 
         async def worker() -> None:
             for folder in waiting:
-                await work(folder)
+                async with self._idle:
+                    await work(folder)
 
         try:
             async with asyncio.TaskGroup() as group:
-                for _ in range(min(_CONCURRENCY, len(folders))):
+                for _ in range(min(self._at_once, len(folders))):
                     group.create_task(worker())
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
@@ -280,16 +297,6 @@ class _Listing:
                 f"{self._root}: is an object, not a directory; give the directory that it is in", path=self._root
             )
         raise ObjectNotFound("there is nothing at this origin", path=self._root)
-
-
-@asynccontextmanager
-async def _closing(pages: AsyncIterator[list[Entry]]) -> AsyncIterator[AsyncIterator[list[Entry]]]:
-    """`pages`, and their request ended when we leave early (an async generator would wait for the collector)."""
-    try:
-        yield pages
-    finally:
-        if isinstance(pages, AsyncGenerator):
-            await pages.aclose()
 
 
 def _look_at(sealing: asyncio.Future[Catalog]) -> None:

@@ -58,12 +58,12 @@ Staged = tuple[int, bytes, bytes, int, int, int, str]
 
 
 def remove_abandoned(catalogs: Path) -> None:
-    """Remove what interrupted listings left below the folder `catalogs` and nobody will go on from."""
-    for file in catalogs.glob("*/*.building*"):
+    """Remove what interrupted listings, and catalogs that did not arrive, left below the folder `catalogs`."""
+    for file in (*catalogs.glob("*/*.building*"), *catalogs.glob("*/*.arriv*")):
         with contextlib.suppress(OSError):  # somebody begins that listing anew just now, or it is no file
             if time.time() - file.stat().st_mtime > _RESUME_SECONDS:
                 file.unlink()
-                log.info("%s: an interrupted listing of over an hour ago, removed", file)
+                log.info("%s: what was interrupted over an hour ago, removed", file)
 
 
 class Staging:
@@ -139,16 +139,16 @@ class Staging:
         """Take one entry, in any order. The same name again replaces what was there."""
         place = self._judge.place(entry.path, directory=entry.directory, size=entry.size)
         if isinstance(place, str):
-            self._skip(entry.path, place)
+            self.note_skipped(entry.path, place)
             return
         depth, folder, name, directory = place
         if directory:
             self._folders.append((depth, folder, name, 0, 0, _clamped(entry.mtime_ns), ""))
         elif not 0 <= entry.size <= _MAX_INT:
-            self._skip(entry.path, names.SIZE)
+            self.note_skipped(entry.path, names.SIZE)
             return
         elif not _is_utf8(entry.version):
-            self._skip(entry.path, names.VERSION)
+            self.note_skipped(entry.path, names.VERSION)
             return
         else:
             mtime_ns = _clamped(entry.mtime_ns)
@@ -158,7 +158,8 @@ class Staging:
         if len(self._files) >= _BATCH or len(self._folders) >= _BATCH:
             self.flush()
 
-    def _skip(self, path: str, reason: str) -> None:
+    def note_skipped(self, path: str, reason: str) -> None:
+        """path: the origin's name of it, with surrogates where it is not UTF-8."""
         self._skipped.append((path.encode("utf-8", "surrogatepass"), reason))
         if len(self._skipped) >= _BATCH:
             self.flush()

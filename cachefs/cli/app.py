@@ -54,18 +54,38 @@ def cachefs(
 
 
 def _add_commands() -> None:
-    from cachefs.cli import doctor, evict, hint, pin, refresh, status, stop, verify, warm
+    from cachefs.cli import (
+        cluster,
+        doctor,
+        evict,
+        hint,
+        index,
+        pin,
+        pki,
+        quota,
+        refresh,
+        seal,
+        status,
+        stop,
+        verify,
+        warm,
+    )
 
     app.command("warm")(warm.warm)
+    app.command("index")(index.index)
+    app.command("seal")(seal.seal)
     app.command("hint")(hint.hint)
     app.command("status")(status.status)
     app.command("verify")(verify.verify)
     app.command("evict")(evict.evict)
     app.command("pin")(pin.pin)
     app.command("unpin")(pin.unpin)
+    app.command("quota")(quota.quota)
     app.command("refresh")(refresh.refresh)
     app.command("doctor")(doctor.doctor)
     app.command("stop")(stop.stop)
+    app.add_typer(cluster.app, name="cluster")
+    app.add_typer(pki.app, name="pki")
 
 
 _add_commands()

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cachefs.cli.fetcher import running_fetcher
-from cachefs.cli.findings import FAIL, OK, WARN, Finding, file_system_of
+from cachefs.cli.findings import FAIL, OK, WARN, Finding
 from cachefs.config import CacheConfig, format_size
 from cachefs.errors import FetcherError
+from cachefs.mountinfo import mount_of
 from cachefs.store.layout import FORMAT, MARKER
 
 # Storage behind a network is what a cache is there to avoid; fuse.* may be anything, and is treated as such.
@@ -70,7 +71,7 @@ def _format(subject: str, directory: Path) -> Iterator[Finding]:
 
 
 def _kind(subject: str, present: Path) -> Finding:
-    mount = file_system_of(Path(os.path.realpath(present)))
+    mount = mount_of(Path(os.path.realpath(present)))
     if mount is None:
         return Finding(WARN, subject, "lies on a file system that cannot be determined", CHOOSE)
     where = f"on {mount.fstype} ({mount.mountpoint})"

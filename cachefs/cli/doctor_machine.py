@@ -14,10 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cachefs import memory
-from cachefs.cli.findings import FAIL, OK, WARN, Finding, file_systems
+from cachefs.cli.findings import FAIL, OK, WARN, Finding
 from cachefs.config import format_size, runtime_dir
 from cachefs.errors import ConfigError
 from cachefs.memory import cgroup_limit
+from cachefs.mountinfo import mounts
 
 FUSE_DEVICE = "/dev/fuse"
 
@@ -133,7 +134,7 @@ def _user_allow_other() -> bool:
 
 
 def _stale_mounts() -> Iterator[Finding]:
-    for mount in file_systems():
+    for mount in mounts():
         if mount.fstype != "fuse.cachefs":
             continue
         state = _state_of(mount.mountpoint)

@@ -21,9 +21,9 @@ INTERNAL = 70  # EX_SOFTWARE of sysexits.h
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 EXIT_CODES = """Exit codes: 0 done; 1 done, but something failed on the way (damaged blobs, objects that were not
-warmed, a failed check of doctor); 2 wrong usage or bad input; 3 the origin is unreachable, refuses the credentials
-or has no such object; 4 the cache, its fetcher or the mount point cannot be used; 70 a
-defect of cachefs; 130 interrupted with Ctrl-C."""
+warmed, a failed check of doctor, a node of the cluster that does not answer); 2 wrong usage or bad input; 3 the
+origin is unreachable, refuses the credentials or has no such object; 4 the cache, its fetcher or the mount point
+cannot be used; 70 a defect of cachefs; 130 interrupted with Ctrl-C."""
 
 
 class Unfinished(Exception):

@@ -14,14 +14,13 @@ import typer
 
 from cachefs.cli import exits
 from cachefs.cli.hint_orders import Kind, Settings
-from cachefs.cli.mounted import mounts
 from cachefs.cli.options import CacheDirOption, JsonOption, OriginOptionOption
 from cachefs.cli.output import OnProgress, count, progress_bar, say, say_failures, say_json
-from cachefs.cli.target import Target, target_of, target_of_mount
+from cachefs.cli.target import Target, target_at
 from cachefs.cli.warm import checked_name, listed, object_path
 from cachefs.config import format_size
 from cachefs.datasets import DatasetRecord
-from cachefs.errors import ConfigError, MountError
+from cachefs.errors import ConfigError
 from cachefs.mountpoints import Mount
 
 if TYPE_CHECKING:
@@ -101,13 +100,7 @@ def hint(
     """  # fmt: skip
     from cachefs.hints.consumer import Consumer
 
-    mount = mounts().at(origin)
-    if mount is None and os.path.ismount(origin):
-        raise MountError(f"{origin}: is not a mount of cachefs (`cachefs status` lists them)")
-    if mount is not None:
-        target = target_of_mount(mount, cache_dir, origin_option)
-    else:
-        target = target_of(origin, origin_option, cache_dir, redacted=True)
+    target, mount = target_at(origin, cache_dir, origin_option, tenant=None)
     record = target.containing()
     # Readers by URL look for what is in no catalog in the dataset of everything at the origin.
     session = target.session(record.root if record is not None else "")

@@ -6,7 +6,6 @@ read from a file (@FILE) or an environment variable (@env:NAME), and a secret gi
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +16,6 @@ import typer
 from cachefs.cli.output import complain
 from cachefs.config import CacheConfig
 from cachefs.errors import CacheUnusable, ConfigError
-
-# Larger than any key, token or service account file; what is larger is the wrong file.
-SECRET_FILE_BYTES = 1024 * 1024
 
 OriginArgument = Annotated[
     str,
@@ -42,6 +38,12 @@ MinFreeOption = Annotated[
     typer.Option("--min-free", metavar="SIZE|PERCENT", show_default=False, help="What the cache leaves free on each "
                  "disk for others: 20%, 50G. [default: $CACHEFS_MIN_FREE, else 20%]"),
 ]  # fmt: skip
+TenantOption = Annotated[
+    str | None,
+    typer.Option("--tenant", metavar="NAME", show_default=False, help="Whose ORIGIN is, from its first use on: a "
+                 "tenant's datasets share a quota (cachefs quota), and no content with others. "
+                 "[default: $CACHEFS_TENANT, else nobody's]"),
+]  # fmt: skip
 OriginOptionOption = Annotated[
     list[str] | None,
     typer.Option("--origin-option", "-o", metavar="KEY=VALUE", show_default=False, help="An option of the storage, "
@@ -53,9 +55,15 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as on
 
 
 def cache_config(
-    dirs: Sequence[str] | None, size: str | None = None, min_free: str | None = None, *, require: bool = False
+    dirs: Sequence[str] | None,
+    size: str | None = None,
+    min_free: str | None = None,
+    *,
+    require: bool = False,
+    tenant: str | None = "",
 ) -> CacheConfig:
-    """The cache that the options and the environment mean. require: never start its fetcher.
+    """The cache that the options and the environment mean. require: never start its fetcher. tenant: whose a dataset
+    becomes that is read with it; None = as the environment says, "" = a command that makes it nobody's.
 
     Raises ConfigError, CacheUnusable.
     """
@@ -63,7 +71,7 @@ def cache_config(
         if not directory:
             raise ConfigError("--cache-dir: is empty; is a variable of your script unset?")
     mode = "require" if require else "auto"  # a command has no loop of its own to fetch in
-    config = CacheConfig.make(list(dirs) if dirs else None, size=size, min_free=min_free, fetcher=mode)
+    config = CacheConfig.make(list(dirs) if dirs else None, size=size, min_free=min_free, fetcher=mode, tenant=tenant)
     for path in config.dirs:
         _require_directory(path)
     return config
@@ -81,81 +89,12 @@ def _require_directory(path: Path) -> None:
 
 def origin_options(given: Sequence[str] | None) -> dict[str, Any]:
     """Options of the storage from KEY=VALUE texts. Warns of secrets given literally. Raises ConfigError."""
-    from cachefs.origin.redaction import without_secrets
+    from cachefs.origin.given import options_given
 
-    options: dict[str, Any] = {}
-    visible = []
-    for text in given or ():
-        key, value, literal = _parse(text)
-        _put(options, key, value)
-        last = key.rpartition(".")[2]
-        if literal and value and last not in without_secrets({last: value}):
-            visible.append(key)
+    options, visible = options_given(given or ())
     if visible:
         complain(
             f"warning: --origin-option {', '.join(visible)}: other users of this machine can see what stands on a "
             f"command line (ps); safer: {visible[-1]}=@FILE or {visible[-1]}=@env:NAME"
         )
     return options
-
-
-def _parse(text: str) -> tuple[str, Any, bool]:
-    """One option: name, value, and whether the value stands on the command line.
-
-    Error messages never show the value, which may be a secret.
-    """
-    key, equals, value = text.partition("=")
-    as_json = key.endswith(":")
-    key = key.removesuffix(":").strip()
-    if not equals or not all(key.split(".")):
-        shown = f" {key!r}" if equals else ""
-        raise ConfigError(f"--origin-option{shown}: write KEY=VALUE, such as endpoint_url=http://host:9000")
-    if as_json:
-        try:
-            return key, json.loads(value), True
-        except ValueError:
-            raise ConfigError(f"--origin-option {key}: what follows := is not JSON") from None
-    if value.startswith("@@"):
-        return key, value[1:], True  # a value that begins with @
-    if value.startswith("@env:"):
-        return key, _from_environment(key, value.removeprefix("@env:")), False
-    if value.startswith("@"):
-        return key, _from_file(key, value.removeprefix("@")), False
-    if value.lower() in ("true", "false"):
-        return key, value.lower() == "true", True
-    return key, value, True
-
-
-def _from_environment(key: str, name: str) -> str:
-    try:
-        return os.environ[name]
-    except KeyError:
-        raise ConfigError(f"--origin-option {key}: the environment has no variable {name!r}") from None
-
-
-def _from_file(key: str, name: str) -> str:
-    """A file's text without the newline that editors put at its end."""
-    try:
-        with open(os.path.expanduser(name), "rb") as file:
-            data = file.read(SECRET_FILE_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"--origin-option {key}: {name}: cannot be read ({error.strerror})") from None
-    if len(data) > SECRET_FILE_BYTES:
-        raise ConfigError(f"--origin-option {key}: {name}: is larger than 1 MiB; is it the right file?")
-    try:
-        return data.decode().rstrip("\r\n")
-    except UnicodeDecodeError:
-        raise ConfigError(f"--origin-option {key}: {name}: is not text in UTF-8") from None
-
-
-def _put(options: dict[str, Any], key: str, value: Any) -> None:
-    *outer, last = key.split(".")
-    place = options
-    for name in outer:
-        inner = place.setdefault(name, {})
-        if not isinstance(inner, dict):
-            raise ConfigError(f"--origin-option {key}: {name} was given a plain value before")
-        place = inner
-    if isinstance(place.get(last), dict):
-        raise ConfigError(f"--origin-option {key}: was given nested values before")
-    place[last] = value

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import closing
 from typing import Annotated
 
 import typer
 
-from cachefs.cli.mounted import mounts
 from cachefs.cli.options import CacheDirOption, JsonOption, OriginOptionOption
 from cachefs.cli.output import say, say_json
-from cachefs.cli.target import Target, target_of, target_of_mount
+from cachefs.cli.target import Target, target_at
 from cachefs.datasets import DatasetRecord
-from cachefs.errors import ConfigError, MountError
+from cachefs.errors import ConfigError
 
 DatasetArgument = Annotated[
     str,
@@ -73,13 +71,7 @@ def _settle(
 
 def dataset_of(origin: str, cache_dir: list[str] | None, options: list[str] | None) -> tuple[Target, DatasetRecord]:
     """The one dataset that ORIGIN or a mount point names, itself and whole. Raises ConfigError, MountError."""
-    mount = mounts().at(origin)
-    if mount is not None:
-        target = target_of_mount(mount, cache_dir, options)
-    elif os.path.ismount(origin):
-        raise MountError(f"{origin}: is not a mount of cachefs (`cachefs status` lists them)")
-    else:
-        target = target_of(origin, options, cache_dir, redacted=True)
+    target, _ = target_at(origin, cache_dir, options)
     known = target.known()
     exact = [r for r in known if r.root == target.path]
     if exact:

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from cachefs import datasets
+from cachefs.cli.charged import charges, tenant_lines, used_of
+from cachefs.cli.charged import tenants as _tenants
 from cachefs.cli.fetcher import running_fetcher
 from cachefs.cli.mounted import mounts
 from cachefs.cli.options import CacheDirOption, JsonOption, OriginOptionOption, cache_config
@@ -47,10 +49,12 @@ def status(
         return
     config = cache_config(cache_dir, require=True)
     fetcher, trouble = _fetcher(config)
+    charged = charges(config, fetcher)
     report = {
         "cache": _cache(config, fetcher),
         "fetcher": _fetcher_report(fetcher),
-        "datasets": [_dataset(config, record) for record in datasets.load_all(config.home)],
+        "datasets": [_dataset(config, record, charged) for record in datasets.load_all(config.home)],
+        "tenants": _tenants(config, charged),
         "mounts": _mounts(),
         "consumers": (fetcher or {}).get("consumers", []),
     }
@@ -89,6 +93,7 @@ def _cache(config: CacheConfig, fetcher: dict[str, Any] | None) -> dict[str, Any
     size = fetcher["size"] if fetcher is not None else remembered_size(config.home)
     floor = Floor.parse(fetcher["min_free"]) if fetcher is not None else config.min_free
     out = fetcher["out"] if fetcher is not None else {}
+    silent = fetcher.get("silent", []) if fetcher is not None else []  # it may be of an older version
     known = fetcher is not None and fetcher["scanned"]
     used = fetcher["used"] if fetcher is not None and known else sum(_stored_bytes(d) for d in dirs)
     return {
@@ -97,7 +102,7 @@ def _cache(config: CacheConfig, fetcher: dict[str, Any] | None) -> dict[str, Any
         "used": used,
         "size": size,
         "min_free": str(floor),
-        "dirs": [_directory(d, floor, out.get(str(d), "")) for d in dirs],
+        "dirs": [_directory(d, floor, out.get(str(d), "")) | {"follows_use": str(d) not in silent} for d in dirs],
     }
 
 
@@ -127,7 +132,7 @@ def _stored_bytes(directory: Path) -> int:
     return used
 
 
-def _dataset(config: CacheConfig, record: DatasetRecord) -> dict[str, Any]:
+def _dataset(config: CacheConfig, record: DatasetRecord, charged: dict[str, int | None]) -> dict[str, Any]:
     report: dict[str, Any] = {
         "id": record.id,
         "origin": record.identity,
@@ -135,6 +140,9 @@ def _dataset(config: CacheConfig, record: DatasetRecord) -> dict[str, Any]:
         "snapshot": record.snapshot,
         "last_use": datasets.last_use(config.home, record.id),
         "pinned": record.pinned,
+        "tenant": record.tenant,
+        "quota": record.quota,
+        "used": charged.get(record.id),
         "catalog": str(datasets.catalog_file(config.home, record) or ""),
         "problem": "",
     }
@@ -181,6 +189,7 @@ def _lines(report: dict[str, Any]) -> list[str]:
         *_cache_lines(report["cache"]),
         *_fetcher_lines(report["fetcher"]),
         *_dataset_lines(report["datasets"]),
+        *tenant_lines(report["tenants"]),
         *_mount_lines(report["mounts"]),
         *_consumer_lines(report["consumers"]),
     ]
@@ -198,6 +207,11 @@ def _cache_lines(cache: dict[str, Any]) -> list[str]:
         problem = f"; not used: {d['problem']}" if d["problem"] else ""
         free = f"{format_size(d['free'])} of {format_size(d['total'])} free"
         lines.append(f"  {d['path']}: {free}, {format_size(d['floor'])} stay free{problem}")
+        if not d["follows_use"] and not problem:
+            lines.append(
+                "    its file system keeps no access times (noatime): within a dataset in use, what came first stays, "
+                "even if other objects are read more often; mount it with relatime to change that"
+            )
     return lines
 
 
@@ -215,7 +229,9 @@ def _fetcher_lines(fetcher: dict[str, Any]) -> list[str]:
         f"fetcher: pid {fetcher['pid']}, started {ago(fetcher['started'])}, {clients}",
         f"  origin: {count(counters['origin_requests'], 'request')}, {format_size(counters['origin_bytes'])}, "
         f"{count(counters['origin_errors'], 'error')}",
-        f"  asked for {counters['needs']:,}: {counters['stored']:,} were stored, {counters['streamed']:,} did not fit",
+        f"  asked for {counters['needs']:,}: {counters['stored']:,} were stored, {counters['streamed']:,} did not fit, "
+        f"{counters.get('replaced', 0):,} gave their place to others",
+        f"  readers found {counters.get('found', 0):,} on the disk without asking",
     ]
     if memory := fetcher.get("memory"):
         lines.append(
@@ -239,6 +255,8 @@ def _dataset_lines(found: Sequence[dict[str, Any]]) -> list[str]:
         else:
             what, when = d["problem"] or "not listed", ""
         what += ", pinned" if d["pinned"] else ""
+        what += f", tenant {d['tenant']}" if d["tenant"] else ""
+        what += f", {used_of(d)}" if d["quota"] is not None else ""
         used = f"used {ago(d['last_use'])}" if d["last_use"] else ""
         rows.append((printable(d["root"]) or "(everything)", d["origin"], what, used, when))
     return ["datasets:", *table(rows)]
@@ -267,7 +285,8 @@ def _consumer_lines(found: Sequence[dict[str, Any]]) -> list[str]:
     for c in found:
         at = f"item {c['position']:,} of {c['end']:,}, {c['rate']:,.0f}/s"
         ahead = f"{c['ahead']:,} of {c['window']:,} ahead are ready"
-        lines.append(f"  {printable(c['label']) or 'a program'} (pid {c['pid']}): {at}, {ahead}")
+        where = f"pid {c['pid']}" if c["pid"] else "in another container"  # the kernel has no number of it for us
+        lines.append(f"  {printable(c['label']) or 'a program'} ({where}): {at}, {ahead}")
         late = f"{c['late']:,} reads came before their bytes and waited {c['waited']:,.1f} s in all"
         lines.append(
             f"    fetched ahead: {count(c['prefetched'], 'item')}, {format_size(c['prefetched_bytes'])}; {late}"

@@ -6,15 +6,17 @@ a part of a dataset that the cache knows works on that dataset, and only a new O
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cachefs import datasets
+from cachefs.cli.mounted import mounts
 from cachefs.cli.options import cache_config, origin_options
 from cachefs.config import CacheConfig
 from cachefs.datasets import DatasetRecord
-from cachefs.errors import CatalogError, ConfigError
+from cachefs.errors import CatalogError, ConfigError, MountError
 from cachefs.mountpoints import Mount
 
 if TYPE_CHECKING:
@@ -98,6 +100,7 @@ class Target:
             redacted=self.redacted,
             root=root,
             snapshot=snapshot,
+            tenant=self.config.tenant,
         )
 
     def connect_to_cache(self) -> Connection:
@@ -141,9 +144,10 @@ def target_of(
     min_free: str | None = None,
     *,
     redacted: bool = False,
+    tenant: str | None = "",
 ) -> Target:
-    """The target of a command's options. Raises ConfigError, UnsupportedOrigin."""
-    return Target.parse(origin, options, cache_config(dirs, size, min_free), redacted=redacted)
+    """The target of a command's options. tenant: see cache_config. Raises ConfigError, UnsupportedOrigin."""
+    return Target.parse(origin, options, cache_config(dirs, size, min_free, tenant=tenant), redacted=redacted)
 
 
 def target_of_mount(mount: Mount, dirs: Sequence[str] | None, given: Sequence[str] | None) -> Target:
@@ -157,6 +161,21 @@ def target_of_mount(mount: Mount, dirs: Sequence[str] | None, given: Sequence[st
     captured = OriginSpec.capture(noted["protocol"], options)
     spec = OriginSpec(captured.protocol, captured.options, {**captured.environ, **noted.get("environ", {})})
     return Target(cache_config(mount.dirs), spec, mount.root, mount.origin, redacted=not given)
+
+
+def target_at(
+    origin: str, dirs: Sequence[str] | None, given: Sequence[str] | None, *, tenant: str | None = ""
+) -> tuple[Target, Mount | None]:
+    """The target of a command that works on what is known: ORIGIN is a URL or a mount point, and then the mount too.
+
+    Raises ConfigError, MountError, UnsupportedOrigin.
+    """
+    mount = mounts().at(origin)
+    if mount is not None:
+        return target_of_mount(mount, dirs, given), mount
+    if os.path.ismount(origin):
+        raise MountError(f"{origin}: is not a mount of cachefs (`cachefs status` lists them)")
+    return target_of(origin, given, dirs, redacted=True, tenant=tenant), None
 
 
 def _without_secrets(spec: OriginSpec) -> bool:

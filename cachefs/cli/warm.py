@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cachefs.cli import exits
+from cachefs.cli.engines import SchedulerOption
 from cachefs.cli.fetcher import remark_on_settings
 from cachefs.cli.options import (
     CacheDirOption,
@@ -21,6 +22,7 @@ from cachefs.cli.options import (
     OriginArgument,
     OriginOptionOption,
     SizeOption,
+    TenantOption,
 )
 from cachefs.cli.output import OnProgress, ago, complain, count, progress_bar, say, say_failures, say_json
 from cachefs.cli.target import Target, open_catalog, target_of
@@ -57,10 +59,16 @@ def warm(
     pin: Annotated[
         bool, typer.Option("--pin", help="Pin the dataset too: it is not evicted for others (see cachefs pin).")
     ] = False,
+    all_nodes: Annotated[
+        bool,
+        typer.Option("--all-nodes", help="On every machine of a Dask cluster (--scheduler), each its share."),
+    ] = False,
+    scheduler: SchedulerOption = None,
     cache_dir: CacheDirOption = None,
     size: SizeOption = None,
     min_free: MinFreeOption = None,
     origin_option: OriginOptionOption = None,
+    tenant: TenantOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Fetch ORIGIN into the cache ahead of reading it.
@@ -74,13 +82,20 @@ def warm(
       cachefs warm s3://bucket/validation --pin
       cachefs warm s3://bucket/imagenet --list epoch-0.txt
       head -100 names.txt | cachefs warm s3://bucket/imagenet --list -
+      cachefs warm s3://bucket/imagenet --all-nodes --scheduler tcp://head:8786
       cachefs warm s3://bucket/imagenet -o endpoint_url=http://minio:9000 -o key=@key.txt -o secret=@env:SECRET
 
     Exit code 1 when some objects could not be fetched; they are named.
     """  # fmt: skip
     if null and list_file is None:
         raise ConfigError("--null: says how names in --list FILE are separated; give --list too")
-    target = target_of(origin, origin_option, cache_dir, size, min_free)
+    target = target_of(origin, origin_option, cache_dir, size, min_free, tenant=tenant)
+    if all_nodes:
+        _refuse_with_all_nodes({"--list": list_file, "--pin": pin, "--size": size, "--min-free": min_free})
+        from cachefs.cli.warm_everywhere import warm_all_nodes
+
+        warm_all_nodes(target, origin_option, cache_dir, scheduler, as_json)
+        return
     names = None if list_file is None else read_names(list_file, null=null)
     missing: list[tuple[str, str]] = []
     record = target.containing()
@@ -105,6 +120,12 @@ def warm(
     _say_result(target, result, pin, as_json)
     if result.failures:
         raise exits.Unfinished(exits.FAILURES)
+
+
+def _refuse_with_all_nodes(options: dict[str, object]) -> None:
+    for name, value in options.items():
+        if value:
+            raise ConfigError(f"{name}: not with --all-nodes; the settings of each node's cache are its own")
 
 
 @dataclass

@@ -26,10 +26,12 @@ from cachefs.errors import FetcherError, FetcherTimeout
 from cachefs.messages import (
     Attached,
     Cancel,
+    Done,
     Entry,
     Found,
     Info,
     List,
+    Lodge,
     Need,
     Page,
     Progress,
@@ -46,6 +48,7 @@ log = logging.getLogger("cachefs.client")
 
 R = TypeVar("R", bound=Reply)
 T = TypeVar("T")
+OnProgress = Callable[[Progress], None]
 _Answer = tuple[Reply, list[int]]
 
 
@@ -119,12 +122,13 @@ class _Line:
 
 
 class AsyncConnection:
-    """Async access to the fetcher of `config` for one dataset. Belongs to the loop it is first used on.
+    """Async access to the fetcher of `config` for one dataset (or for the cache itself: session None). Belongs to the
+    loop it is first used on.
 
     Methods raise the errors of cachefs.errors, FetcherTimeout after config.deadline seconds.
     """
 
-    def __init__(self, config: CacheConfig, session: Session) -> None:
+    def __init__(self, config: CacheConfig, session: Session | None) -> None:
         self.config = config
         self.session = session
         self._current: _Line | None = None
@@ -146,6 +150,8 @@ class AsyncConnection:
         length: int | None = None,
         damaged: bool = False,
         descriptor: bool = False,
+        ahead: bool = False,
+        keep: bool = False,
     ) -> Located:
         """Bytes [offset, offset+length) of an object, ready to read. The caller closes `.fd`."""
         while True:
@@ -160,6 +166,8 @@ class AsyncConnection:
                     length=length,
                     descriptor=descriptor,
                     damaged=damaged,
+                    ahead=ahead,
+                    keep=keep,
                 ),
                 Ready,
             )
@@ -171,9 +179,19 @@ class AsyncConnection:
     async def info(self, path: str) -> Entry:
         return (await self._call(lambda a, i: Info(id=i, attachment=a, path=path), Found))[0].entry
 
+    async def lodge(self, path: str, version: str, size: int) -> bool:
+        """Keep an object for another node. Whether it is kept; raises CacheFull."""
+        make = lambda a, i: Lodge(id=i, attachment=a, path=path, version=version, size=size)  # noqa: E731
+        return (await self._call(make, Done))[0].count > 0
+
     async def entries(self, path: str, *, recursive: bool = False) -> list[Entry]:
         """Entries below `path`: one level, or all files."""
         return await self._persisting(lambda line: self._listed(line, path, recursive))
+
+    async def work(self, make: Callable[[int, int], Request], progress: OnProgress) -> Reply:
+        """How long work ended. make: the request, from attachment and id; progress: told how far it is."""
+        reply, _ = await self._persisting(lambda line: self._exchange(line, make, progress))
+        return expect(reply, Reply)
 
     async def close(self) -> None:
         if self._current is not None:
@@ -200,7 +218,9 @@ class AsyncConnection:
                 await asyncio.sleep(pause)
                 pause = min(RETRY_LAST, pause * 2)
 
-    async def _exchange(self, line: _Line, make: Callable[[int, int], Request]) -> _Answer:
+    async def _exchange(
+        self, line: _Line, make: Callable[[int, int], Request], progress: OnProgress | None = None
+    ) -> _Answer:
         id, queue = self._open(line)
         answered = False
         try:
@@ -210,6 +230,8 @@ class AsyncConnection:
                 if not isinstance(reply, Progress):
                     answered = True
                     return reply, descriptors
+                if progress is not None:
+                    progress(reply)
         finally:
             if not answered and line.alive:
                 line.send(Cancel(id=0, target=id))
@@ -264,8 +286,9 @@ class AsyncConnection:
             if self._current is not None and self._current.alive:
                 return self._current
             deadline = time.monotonic() + self.config.deadline
+            local = self.session is not None and self.session.local
             # Starting a fetcher blocks, so it happens in a thread; the loop goes on serving other reads.
-            sock = await asyncio.to_thread(connect, self.config, deadline, local=self.session.local)
+            sock = await asyncio.to_thread(connect, self.config, deadline, local=local)
             line = _Line(sock, asyncio.get_running_loop())
             try:
                 pid = await self._greet(line)
@@ -282,10 +305,16 @@ class AsyncConnection:
         welcome: asyncio.Queue[_Answer | None] = asyncio.Queue()
         attached: asyncio.Queue[_Answer | None] = asyncio.Queue()
         line.waiting.update({1: welcome, 2: attached})
-        line.send(self.session.hello(self.config))
-        line.send(self.session.attach())
+        session = self.session or Session("", {}, {})
+        line.send(session.hello(self.config))
+        if self.session is not None:
+            line.send(session.attach())
         pid = expect((await self._next(welcome))[0], Welcome).pid
-        line.attached = expect((await self._next(attached))[0], Attached)
+        line.attached = (
+            Attached(id=0, attachment=0, dataset="", snapshot="")
+            if self.session is None
+            else expect((await self._next(attached))[0], Attached)
+        )
         del line.waiting[1], line.waiting[2]
         return pid
 

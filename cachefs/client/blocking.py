@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -42,6 +42,7 @@ from cachefs.messages import (
     Page,
     Pin,
     Progress,
+    Quota,
     Ready,
     Refresh,
     Reply,
@@ -49,6 +50,8 @@ from cachefs.messages import (
     Request,
     Shutdown,
     Status,
+    Survey,
+    TakeCatalog,
     Verify,
     Warm,
     Welcome,
@@ -58,6 +61,7 @@ from cachefs.messages import (
 from cachefs.packets import receive, send
 
 R = TypeVar("R", bound=Reply)
+P = TypeVar("P", Page, Report)
 T = TypeVar("T")
 OnProgress = Callable[[Progress], None]
 
@@ -132,18 +136,29 @@ class Connection:
 
     def entries(self, path: str, *, recursive: bool = False) -> list[Entry]:
         """Entries below `path`: one level, or all files."""
-        return self._persisting(lambda deadline: self._listed(path, recursive, deadline))
+        pages = self._gathered(lambda a, i: List(id=i, attachment=a.attachment, path=path, recursive=recursive), Page)
+        return [entry for page in pages for entry in page.entries]
 
     def make_catalog(self, *, refresh: bool = False, progress: OnProgress | None = None) -> Catalogued:
         return self._call(
             lambda a, i: MakeCatalog(id=i, attachment=a.attachment, refresh=refresh), Catalogued, progress
         )[0]
 
+    def take_catalog(self, file: str, previous: str, last_id: int, *, progress: OnProgress | None = None) -> Catalogued:
+        def request(attached: Attached, id: int) -> TakeCatalog:
+            return TakeCatalog(id=id, attachment=attached.attachment, file=file, previous=previous, last_id=last_id)
+
+        return self._call(request, Catalogued, progress)[0]
+
     def refresh(self) -> Done:
         return self._call(lambda a, i: Refresh(id=i, attachment=a.attachment), Done)[0]
 
     def warm(self, paths: list[str] | None = None, *, progress: OnProgress | None = None) -> Done:
         return self._call(lambda a, i: Warm(id=i, attachment=a.attachment, paths=paths), Done, progress)[0]
+
+    def warm_versions(self, versions: list[tuple[str, str, int]], *, progress: OnProgress | None = None) -> Done:
+        """Fetch (path, version, size) each, whatever catalog there is."""
+        return self._call(lambda a, i: Warm(id=i, attachment=a.attachment, versions=versions), Done, progress)[0]
 
     def evict(self, path: str, *, force: bool = False, progress: OnProgress | None = None) -> Done:
         return self._call(lambda a, i: Evict(id=i, attachment=a.attachment, path=path, force=force), Done, progress)[0]
@@ -152,11 +167,29 @@ class Connection:
         """dataset: its id. The count of the answer is 0 when it was so already."""
         return self._call(lambda _, i: Pin(id=i, dataset=dataset, pinned=pinned), Done)[0]
 
+    def quota(
+        self, quota: int | None, *, dataset: str = "", tenant: str = "", progress: OnProgress | None = None
+    ) -> dict[str, Any]:
+        """Bound what a dataset (its id), or a tenant, may take; None: no more. What Quota says of the answer."""
+        return self._call(lambda _, i: Quota(id=i, quota=quota, dataset=dataset, tenant=tenant), Report, progress)[
+            0
+        ].status
+
     def verify(self, *, progress: OnProgress | None = None) -> Done:
         return self._call(lambda _, i: Verify(id=i), Done, progress)[0]
 
     def status(self) -> Report:
-        return self._call(lambda _, i: Status(id=i), Report)[0]
+        first, *rest = self._gathered(lambda _, i: Status(id=i), Report)
+        status = dict(first.status)
+        for report in rest:
+            for kind, rows in report.status.items():
+                of = status if kind == "consumers" else status["cluster"]
+                of[kind] += rows
+        return Report(id=first.id, status=status)
+
+    def survey(self) -> list[dict[str, Any]]:
+        """What Survey says of the answer: every node of the cluster, and last this one."""
+        return [report.status for report in self._gathered(lambda _, i: Survey(id=i), Report)]
 
     def shutdown(self) -> Done:
         done = self._call(lambda _, i: Shutdown(id=i), Done)[0]
@@ -214,22 +247,28 @@ class Connection:
                 self._hang_up()  # a late answer on this socket would be taken for the next request's
         return expect(reply, expected), descriptors
 
-    def _listed(self, path: str, recursive: bool, deadline: float) -> list[Entry]:
-        entries: list[Entry] = []
+    def _gathered(self, make: Callable[[Attached, int], Request], expected: type[P]) -> list[P]:
+        """All replies to a request that is answered in several."""
+        return self._persisting(lambda deadline: self._exchange_several(make, expected, deadline))
+
+    def _exchange_several(
+        self, make: Callable[[Attached, int], Request], expected: type[P], deadline: float
+    ) -> list[P]:
+        parts: list[P] = []
         more = True  # also when the first reply is an error: then nothing more comes
         try:
             line = self._line(deadline)
-            request = List(id=line.next_id, attachment=self._attached(line).attachment, path=path, recursive=recursive)
+            id = line.next_id
             line.next_id += 1
-            self._send(line, request)
+            self._send(line, make(self._attached(line), id))
             while more:
-                page = expect(self._receive(line, request.id, None)[0], Page)
-                entries += page.entries
-                more = page.more
+                part = expect(self._receive(line, id, None)[0], expected)
+                parts.append(part)
+                more = part.more
         finally:
             if more:
-                self._hang_up()  # pages still to come would be taken for the answer to something else
-        return entries
+                self._hang_up()  # what is still to come would be taken for the answer to something else
+        return parts
 
     def _line(self, deadline: float) -> _Line:
         held: tuple[int, _Line] | None = getattr(self._lines, "held", None)

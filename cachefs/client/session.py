@@ -28,7 +28,7 @@ RETRY_LAST = 0.1
 class Session:
     """Who asks. `options` and `environ` may hold credentials: repr shows none of them.
 
-    local: only a fetcher in this very process can read this origin.
+    local: only a fetcher in this very process can read this origin. direct, tenant: see messages.Attach.
     """
 
     protocol: str
@@ -38,6 +38,8 @@ class Session:
     root: str = ""
     snapshot: str = ""
     local: bool = False
+    direct: bool = False
+    tenant: str = ""
 
     def __repr__(self) -> str:
         return f"Session({self.protocol!r}, root={self.root!r})"
@@ -54,6 +56,8 @@ class Session:
             redacted=self.redacted,
             root=self.root,
             snapshot=self.snapshot,
+            direct=self.direct,
+            tenant=self.tenant,
         )
 
 

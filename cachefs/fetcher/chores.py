@@ -12,10 +12,10 @@ from cachefs import datasets
 from cachefs.catalog import Catalog
 from cachefs.digest import snapshot_ref, version_ref
 from cachefs.errors import CacheFSError, ConfigError, FetcherError
-from cachefs.fetcher.attachments import Attachment
+from cachefs.fetcher.attachments import Attachment, domain_of
 from cachefs.fetcher.index import Known
 from cachefs.fetcher.lanes import BACKGROUND
-from cachefs.fetcher.objects import Room
+from cachefs.fetcher.room import Room
 from cachefs.fetcher.tally import Failures, Send, Tally, heartbeat
 from cachefs.messages import Done, Evict, Need, Verify, Warm
 
@@ -34,10 +34,11 @@ class Chores:
 
     async def warm(self, request: Warm, attachment: Attachment, send: Send) -> None:
         catalog = attachment.catalog(self._room.config.home)
-        if catalog is None and request.paths is None:
+        named = request.versions if request.versions is not None else request.paths
+        if catalog is None and named is None:
             raise FetcherError(f"{attachment.record.root}: has no catalog yet; make one first")
-        tally = Tally("objects", total=len(request.paths) if request.paths is not None else 0)
-        if catalog is not None and request.paths is None:
+        tally = Tally("objects", total=len(named) if named is not None else 0)
+        if catalog is not None and named is None:
             tally.total = catalog.summary.files
         failures = Failures()
 
@@ -52,7 +53,8 @@ class Chores:
             tally.done += 1
 
         async with heartbeat(request.id, tally, send):
-            wanted = iter(self._wanted(catalog, request.paths, failures))
+            versions = request.versions
+            wanted = iter(self._wanted(catalog, request.paths, failures) if versions is None else versions)
             while batch := list(islice(wanted, WARM_AT_ONCE)):
                 async with asyncio.TaskGroup() as group:
                     for item in batch:
@@ -91,7 +93,10 @@ class Chores:
         tally = Tally("objects")
         self._room.index.flush()
         async with heartbeat(request.id, tally, send):
+            # Else what goes now may have been counted just before, and would stay in the count.
+            await self._room.scanned.wait()
             await self._in_thread(self._evict_below(attachment, request.path), tally)
+        self._room.turnover.forget()
         send(Done(id=request.id, count=tally.done, bytes=tally.bytes))
 
     def _refuse_pinned(self, attachment: Attachment, path: str) -> None:
@@ -112,12 +117,14 @@ class Chores:
         for record in whole:
             for ref in room.store.refs(record.id):
                 yield room.store.unlink_ref(record.id, ref)
+        domains = {r.id: domain_of(r) for r in records}
         others = [r for r in records if r not in whole and r.covers(path)]
         for known in room.index.records():
             if path and known.path != path and not known.path.startswith(path + "/"):
                 continue
             if not known.key:
-                yield self._discard(attachment.identity, known)
+                domain = domains.get(known.dataset, attachment.domain)
+                yield self._discard(domain, known)
             for record in others:
                 freed = room.store.unlink_ref(record.id, version_ref(known.path, known.version))
                 yield freed + room.store.unlink_ref(record.id, snapshot_ref(known.path, record.snapshot))
@@ -129,6 +136,7 @@ class Chores:
         room.index.flush()
         names = {known.key: known.path for known in await asyncio.to_thread(lambda: list(room.index.records()))}
         async with heartbeat(request.id, tally, send):
+            await self._room.scanned.wait()
             keys = room.store.keys()
             while batch := await asyncio.to_thread(lambda: list(islice(keys, 64))):
                 for key in batch:

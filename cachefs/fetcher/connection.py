@@ -11,15 +11,20 @@ import logging
 import os
 import socket
 from collections import deque
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
 from cachefs.errors import CacheFSError, FetcherError, PlanError, to_wire
 from cachefs.fetcher.attachments import Attachment
 from cachefs.fetcher.prefetch import Listening
+from cachefs.fetcher.prefetch.release import release
 from cachefs.messages import (
+    CONSUMERS_PER_REPORT,
+    NODES_PER_REPORT,
     PROTOCOL,
+    Adopt,
     Announce,
     AnyRequest,
     Attach,
@@ -28,20 +33,27 @@ from cachefs.messages import (
     Done,
     Evict,
     Failed,
+    Follow,
     Found,
     Hello,
     Info,
+    Join,
     List,
+    Lodge,
     MakeCatalog,
     Need,
     Pin,
     Plan,
     Progress,
+    Quota,
     Refresh,
     Reply,
     Report,
     Shutdown,
     Status,
+    Survey,
+    TakeCatalog,
+    Tell,
     Verify,
     Warm,
     Welcome,
@@ -49,12 +61,14 @@ from cachefs.messages import (
     decode_request,
     encode,
 )
-from cachefs.packets import peer_pid, receive, send
+from cachefs.packets import receive, send
 
 if TYPE_CHECKING:
     from cachefs.fetcher.service import Service
 
 log = logging.getLogger("cachefs.fetcher")
+
+T = TypeVar("T")
 
 # Replies a reader has not taken yet. One that stops reading is cut off here instead of filling our memory.
 MAX_UNSENT = 4096
@@ -68,7 +82,7 @@ class Connection:
         self._sock = sock
         self._loop = asyncio.get_running_loop()
         self._attachments: list[Attachment] = []
-        self._consumers = Listening(service.prefetcher, peer_pid(sock), self._hang_up)
+        self._consumers = Listening(service.prefetcher, sock, self._hang_up)
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._unsent: deque[tuple[bytes, int]] = deque()
         self._alive = True
@@ -86,7 +100,7 @@ class Connection:
             request = self._understand(data)
             fd = descriptors.pop() if descriptors and isinstance(request, Announce | Plan) else -1
             for unwanted in descriptors:
-                os.close(unwanted)
+                release(unwanted)
             if request is None:
                 self._hang_up()
                 return
@@ -128,7 +142,7 @@ class Connection:
             if isinstance(request, Withdraw):
                 self.reply(self._consumers.withdraw(request))
             elif fd < 0:
-                raise PlanError(f"{type(request).__name__} came without its memory")
+                raise PlanError(f"{type(request).__name__} came without its memory: pass a memfd with it")
             elif isinstance(request, Plan):
                 self.reply(self._consumers.plan(request, fd))
             else:
@@ -163,7 +177,7 @@ class Connection:
                     service.limit(request.size)
                 self.reply(Welcome(id=request.id, protocol=PROTOCOL, pid=os.getpid()))
             case Attach():
-                attachment = service.room.attachments.attach(request)
+                attachment = service.room.attachments.attach(request, service.room.store)
                 self._attachments.append(attachment)
                 self.reply(
                     Attached(
@@ -177,15 +191,42 @@ class Connection:
                 entry = await service.info(self._attachment(request.attachment), request.path)
                 self.reply(Found(id=request.id, entry=entry))
             case Status():
-                self.reply(Report(id=request.id, status=service.status()))
+                self._report(request.id)
+            case Join():
+                await service.cluster.join(self, request)
+                if not self._alive:  # whoever wanted it is gone, and was before there was anything to let go of
+                    service.cluster.let_go(self)
+                self.reply(Done(id=request.id))
+            case Tell():
+                self.reply(Report(id=request.id, status=service.cluster.account()))
+            case Survey():
+                async for row in service.cluster.survey():
+                    self.reply(Report(id=request.id, status=row, more="me" not in row))
+            case Lodge():
+                kept = await service.objects.take_in(self._attachment(request.attachment), request)
+                self.reply(Done(id=request.id, count=int(kept)))
             case Shutdown():
                 self.reply(Done(id=request.id))
                 service.over.set()
-            case List() | MakeCatalog() | Refresh() | Warm() | Evict() | Pin() | Verify():
+            case Adopt() | Follow():
+                await service.jobs.run(request, None, self.reply)
+            case List() | MakeCatalog() | TakeCatalog() | Refresh() | Warm() | Evict() | Pin() | Quota() | Verify():
                 of = getattr(request, "attachment", None)
                 await service.jobs.run(request, None if of is None else self._attachment(of), self.reply)
             case _:
                 raise FetcherError(f"this fetcher does not know {type(request).__name__}")
+
+    def _report(self, id: int) -> None:
+        status = self._service.status()
+        consumers, cluster = status["consumers"], status["cluster"]
+        parts = [{"consumers": part} for part in _parts(consumers[CONSUMERS_PER_REPORT:], CONSUMERS_PER_REPORT)]
+        first = status | {"consumers": consumers[:CONSUMERS_PER_REPORT]}
+        if cluster is not None:
+            for kind in ("nodes", "peers"):
+                parts += [{kind: part} for part in _parts(cluster[kind], NODES_PER_REPORT)]
+            first["cluster"] = cluster | {"nodes": [], "peers": []}
+        for number, part in enumerate([first, *parts]):
+            self.reply(Report(id=id, status=part, more=number < len(parts)))
 
     def _attachment(self, number: int) -> Attachment:
         if not 0 <= number < len(self._attachments):
@@ -235,6 +276,7 @@ class Connection:
         for task in self._tasks.values():
             task.cancel()
         self._consumers.close()
+        self._service.cluster.let_go(self)
         for attachment in self._attachments:
             self._service.room.attachments.detach(attachment)
         self._service.gone(self)
@@ -245,3 +287,7 @@ class Connection:
         tasks = [task for task in self._tasks.values() if task is not asyncio.current_task()]
         self._hang_up()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _parts(rows: list[T], count: int) -> Iterator[list[T]]:
+    return (rows[start : start + count] for start in range(0, len(rows), count))

@@ -31,7 +31,7 @@ from cachefs.errors import CacheUnusable, FetcherError, FetcherTimeout
 from cachefs.fetcher.attachments import Attachments
 from cachefs.fetcher.hosting import take_lock
 from cachefs.fetcher.index import Index
-from cachefs.fetcher.objects import Room
+from cachefs.fetcher.room import Room
 from cachefs.fetcher.service import Service
 from cachefs.fetcher.storeless import MemoryIndex, NoStore
 from cachefs.origin import Origin, OriginSpec

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cachefs.config import CacheConfig
+from cachefs.descriptors import allow_files
 from cachefs.errors import CacheUnusable, FetcherElsewhere
 from cachefs.fetcher.index import Index
-from cachefs.fetcher.objects import Room
+from cachefs.fetcher.room import Room
 from cachefs.fetcher.service import Service
 from cachefs.fetcher.settings import remember_size, remembered_size
 from cachefs.packets import SOCKET_NAME, listen
@@ -39,6 +40,7 @@ def host(config: CacheConfig, ready: Callable[[], None], *, log_file: Path) -> N
         listener = listen(run)
         ready()
         _stand_alone()
+        allow_files()
         # What lives now lives on. Requests make no cycles to speak of, so looking for them 30 times less often is
         # 4% of a fetcher's work that is not done.
         gc.freeze()

@@ -30,6 +30,9 @@ _MODE_RAW = 1
 # and what a kill -9 loses is at most this many records (each costs one look at the ref, or one fetch).
 BATCH = 256
 
+# While the disk is full, so many wait for it; more are dropped, and cost what a lost batch costs.
+MOST_WAITING = 16 * BATCH
+
 
 class RawDisk(Disk):  # type: ignore[misc]  # diskcache is untyped
     """Keys and values are bytes, stored inline. Nothing is ever pickled or unpickled."""
@@ -70,6 +73,8 @@ class Seen(NamedTuple):
     mtime_ns: int
 
 
+_GUEST = b"g"
+
 _encode = msgspec.msgpack.Encoder().encode
 _decode_known = msgspec.msgpack.Decoder(Known).decode
 _decode_seen = msgspec.msgpack.Decoder(tuple[str, int, int]).decode
@@ -85,6 +90,7 @@ class Index:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._unsaved: dict[bytes, bytes | None] = {}
+        self._full = False
         self._cache = self._open()
 
     def _open(self) -> Cache:
@@ -110,21 +116,34 @@ class Index:
 
     # --- versions ---
 
-    def known(self, identity: str, path: str, version: str) -> Known | None:
-        raw = self._get(b"v" + _name(identity, path, version))
+    @staticmethod
+    def name(domain: str, path: str, version: str) -> bytes:
+        """16 bytes by which a version of an object is found again: `named`."""
+        return _name(domain, path, version)
+
+    def named(self, name: bytes) -> Known | None:
+        """May be used from another thread, and then misses now and then what is being written just then."""
+        raw = self._get(b"v" + name)
         return _decode_known(raw) if raw is not None else None
 
-    def learn(self, identity: str, known: Known) -> None:
-        self._set(b"v" + _name(identity, known.path, known.version), _encode(known))
+    def known(self, domain: str, path: str, version: str) -> Known | None:
+        return self.named(_name(domain, path, version))
 
-    def forget(self, identity: str, path: str, version: str) -> None:
-        self._set(b"v" + _name(identity, path, version), None)
+    def learn(self, domain: str, known: Known) -> None:
+        self._set(b"v" + _name(domain, known.path, known.version), _encode(known))
+
+    def forget(self, domain: str, path: str, version: str) -> None:
+        self._set(b"v" + _name(domain, path, version), None)
 
     def records(self) -> Iterator[Known]:
         """Every version known as of the last flush, in no order, streaming. May be used from another thread."""
+        return (known for _, known in self.named_records())
+
+    def named_records(self) -> Iterator[tuple[bytes, Known]]:
+        """The same, each with its name."""
         for name in self._cache.iterkeys():
             if name[:1] == b"v" and (raw := self._get(name)) is not None:
-                yield _decode_known(raw)
+                yield name[1:], _decode_known(raw)
 
     # --- content that can be recognised before it is fetched ---
 
@@ -134,6 +153,29 @@ class Index:
 
     def learn_content(self, hint: str, size: int, key: bytes) -> None:
         self._set(b"h" + _name(hint, str(size)), key)
+
+    # --- what nodes of the cluster keep for each other ---
+
+    def lodged_with(self, key: bytes) -> str:
+        """The name of that node; "" = nobody keeps it."""
+        raw = self._get(b"l" + key)
+        return raw.decode("utf-8", "replace") if raw is not None else ""
+
+    def lodge(self, key: bytes, node: str | None) -> None:
+        """None: nobody keeps it any more."""
+        self._set(b"l" + key, None if node is None else node.encode("utf-8", "replace"))
+
+    def host(self, key: bytes, owner: str | None) -> None:
+        """This node keeps it for `owner`, or for nobody any more."""
+        self._set(_GUEST + key, None if owner is None else owner.encode("utf-8", "replace"))
+
+    def guests(self) -> Iterator[tuple[bytes, str]]:
+        """(key, owner) of what this node keeps for others, as of the last flush. May be used from another thread."""
+        for name in self._cache.iterkeys():  # in order: theirs are among the first
+            if name[:1] > _GUEST:
+                return
+            if name[:1] == _GUEST and (raw := self._get(name)) is not None:
+                yield name[1:], raw.decode("utf-8", "replace")
 
     # --- snapshots without a catalog ---
 
@@ -158,11 +200,11 @@ class Index:
 
     def _set(self, name: bytes, value: bytes | None) -> None:
         self._unsaved[name] = value
-        if len(self._unsaved) >= BATCH:
+        if len(self._unsaved) % BATCH == 0:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is pending, in one transaction. A failing disk costs the batch, with a log line."""
+        """Write what is pending, in one transaction. A full disk makes it wait, or drops it, with a log line."""
         batch, self._unsaved = self._unsaved, {}
         if not batch:
             return
@@ -174,9 +216,17 @@ class Index:
                     else:
                         self._cache.set(name, value)
         except (sqlite3.OperationalError, OSError) as error:
-            log.warning("%s: %d records of the index could not be written (%s)", self._folder, len(batch), error)
+            kept = len(batch) <= MOST_WAITING
+            if kept:
+                self._unsaved = batch | self._unsaved
+            if not kept or not self._full:
+                word = "wait" if kept else "are dropped"
+                log.warning("%s: %d records of the index %s: %s", self._folder, len(batch), word, error)
+            self._full = True
+            return
         except sqlite3.DatabaseError as error:
             self._cache = self._rebuild(error)
+        self._full = False
 
     def close(self) -> None:
         self.flush()

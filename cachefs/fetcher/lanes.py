@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractAsyncContextManager
 
-from cachefs.budget import Budget
+from cachefs.budget import Budget, Urgency
 
 # Somebody waits for these bytes; somebody will soon (read-ahead); somebody asked for them ahead of time (warm).
 FOREGROUND, AHEAD, BACKGROUND = 0, 1, 2
@@ -14,10 +14,10 @@ DEFAULT_LANES = 64
 
 
 class Lanes:
-    """`limit` may travel at once; waiters go by priority, then by arrival."""
+    """`limit` may travel at once; waiters go by urgency, then by arrival."""
 
     def __init__(self, limit: int = DEFAULT_LANES) -> None:
         self._lanes = Budget(limit)
 
-    def lane(self, priority: int = FOREGROUND) -> AbstractAsyncContextManager[None]:
-        return self._lanes.hold(1, priority)
+    def lane(self, urgency: Urgency | int = FOREGROUND) -> AbstractAsyncContextManager[None]:
+        return self._lanes.hold(1, urgency)

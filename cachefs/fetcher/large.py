@@ -1,27 +1,27 @@
 """Objects larger than one block: fetched block by block, the asked block first, each block once.
 
-Blocks land in a sparse file (a `Part` of the store) in any order. A reader that goes on where it left off is
-sequential, and the next blocks are fetched before it asks; a random reader causes no read-ahead. When the last
-block is there, the object becomes a blob like any other. Blocks that cannot be stored pass through memory.
+How one block comes is said in blocks.py. A reader that goes on where it left off is sequential, and the next blocks are
+fetched before it asks; a random reader causes no read-ahead. When the last block is there, the object becomes a blob
+like any other.
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
-from collections import OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 from cachefs.digest import BLOCK_SIZE, block_count, block_range, version_ref
-from cachefs.errors import CacheError, CacheFSError, CacheFull
-from cachefs.fetcher.attachments import Attachment
+from cachefs.errors import CacheError, CacheFull, OriginError
+from cachefs.fetcher.attachments import Attachment, part_name
+from cachefs.fetcher.blocks import AHEAD_BLOCKS, MOST_AHEAD_BLOCKS, Blocks, Incomplete, Moved
 from cachefs.fetcher.flights import Flights
 from cachefs.fetcher.index import Known
 from cachefs.fetcher.lanes import AHEAD, FOREGROUND
 from cachefs.fetcher.objects import Objects, Stored
-from cachefs.fetcher.transit import Transit, memory_file
+from cachefs.fetcher.transit import Transit
 from cachefs.messages import Entry, Need
 from cachefs.store import Part
 
@@ -30,19 +30,11 @@ log = logging.getLogger("cachefs.fetcher")
 # Where bytes are: a whole blob, a block in transit, or (file, start, stop, size, version) of an incomplete object.
 Place = Stored | Transit | tuple[str, int, int, int, str]
 
-# Read-ahead of a sequential reader, in blocks: 32 MiB hides 50 ms of latency at 5 Gbit/s. Twice as much, up to the
-# most, each time that a block which is read ahead comes too late: the origin gives each connection less than that.
-AHEAD_BLOCKS, MOST_AHEAD_BLOCKS = 4, 16
-
 # Blocks of one object in flight at once when all of it is asked for: the same bound as read-ahead and its block.
 WHOLE_BLOCKS = 8
 
-# As many sequential readers of one object are told apart: the ranks of a large node.
-RECENT_BLOCKS = 16
-
-# Incomplete objects whose map stays in memory: a map of 1 GiB has 128 entries.
-OPEN_PARTS = 256
-
+# Objects that are read a second time; of one that was forgotten, the next reading is the first again.
+MOST_DOUBTED = 1024
 
 # Told (bytes so far, of how many) while a large object comes in.
 Alive = Callable[[int, int], None]
@@ -52,33 +44,14 @@ def silent(done: int, total: int) -> None:
     """For those who need no sign of life."""
 
 
-@dataclass
-class _Object:
-    """An object while its blocks come in.
-
-    recent: the last blocks of what was asked for, and of what was given, to see readers that go on from there. ahead:
-    the blocks that are being read ahead. window: how many there may be.
-    """
-
-    part: Part | None
-    entry: Entry
-    recent: deque[int] = field(default_factory=lambda: deque(maxlen=RECENT_BLOCKS))
-    ahead: dict[int, asyncio.Task[object]] = field(default_factory=dict)
-    window: int = AHEAD_BLOCKS
-
-
-class Moved(Exception):
-    """The object became whole, or was dropped, while it was asked for: to be looked for anew."""
-
-
 class LargeObjects:
     """Blocks of large objects. One per fetcher."""
 
     def __init__(self, objects: Objects) -> None:
         self._objects = objects
         self._room = objects.room
-        self._open: OrderedDict[str, _Object] = OrderedDict()
-        self._flights: Flights[Transit | None] = Flights()
+        self._blocks = Blocks(objects)
+        self._other_bytes: dict[str, bytes] = {}  # content keys of what is read again, as it is not what was sealed
         self._finishing: Flights[Stored | None] = Flights()
 
     async def need(
@@ -93,14 +66,10 @@ class LargeObjects:
 
         alive(bytes so far, of how many) is called as the blocks of a whole object come in. Raises Moved.
         """
-        name = part_name(attachment.identity, entry.path, entry.version)
-        if name not in self._open and not request.damaged:
-            # Whoever asked may have heard that it is not stored just before its last block was. A second beginning
-            # would fetch it all again.
-            known = self._room.index.known(attachment.identity, entry.path, entry.version)
-            if known is not None and known.key and self._room.store.has(known.key):
-                raise Moved
-        subject = self._subject(attachment, name, entry)
+        name = part_name(attachment.domain, entry.path, entry.version)
+        if not request.damaged:
+            self._blocks.look(attachment, name, entry)
+        subject = self._blocks.subject(attachment, name, entry)
         if request.length is None:
             return await self._whole(attachment, request, subject, name, priority, alive)
         if request.length == 0 and subject.part is not None and not subject.part.complete:
@@ -112,12 +81,12 @@ class LargeObjects:
         at_its_beginning = last > first or request.offset - first * BLOCK_SIZE <= request.length
         sequential = at_its_beginning and first - 1 in subject.recent
         subject.recent.append(last)
-        if sequential:
+        if sequential and priority == FOREGROUND:  # else it is read ahead itself, by another node
             if first in subject.ahead:
                 subject.window = min(2 * subject.window, MOST_AHEAD_BLOCKS)
             # Before this one is here, so that the next ones are on their way while it is waited for.
             self._read_ahead(attachment, subject, name, last + 1)
-        passing = await self._blocks(attachment, subject, name, range(first, last + 1), FOREGROUND)
+        passing = await self._blocks.fetch(attachment, subject, name, range(first, last + 1), priority)
         if passing is not None:
             # What cannot be stored waits in memory, where there is room for few blocks: more would be fetched twice.
             subject.window = AHEAD_BLOCKS // 2
@@ -137,17 +106,17 @@ class LargeObjects:
         return str(subject.part.path), start, stop, entry.size, entry.version
 
     async def _whole(
-        self, attachment: Attachment, request: Need, subject: _Object, name: str, priority: int, alive: Alive
+        self, attachment: Attachment, request: Need, subject: Incomplete, name: str, priority: int, alive: Alive
     ) -> Place:
         count = block_count(subject.entry.size)
         for start in range(0, count, WHOLE_BLOCKS):
             blocks = range(start, min(count, start + WHOLE_BLOCKS))
-            passing = await self._blocks(attachment, subject, name, blocks, priority)
+            passing = await self._blocks.fetch(attachment, subject, name, blocks, priority)
             alive(block_range(blocks[-1], subject.entry.size)[1], subject.entry.size)
             if passing is not None:
                 raise CacheFull(
                     f"{subject.entry.path}: {subject.entry.size} bytes do not fit into the cache as a whole; "
-                    "read it in pieces, or give the cache more room (cache_size, --size)",
+                    "read it in pieces, or give the cache more room (cache_size, --size; `cachefs quota`)",
                     path=subject.entry.path,
                 )
         stored = await self._finish(attachment, request, subject, name)
@@ -155,172 +124,122 @@ class LargeObjects:
             raise CacheError(f"{subject.entry.path}: could not be completed on disk; see the fetcher's log")
         return stored
 
-    def _note(self, attachment: Attachment, entry: Entry) -> None:
-        """Let the index know that some of an object is stored (key b"" = not all), so that it can be evicted."""
-        self._room.attachments.remember(attachment)
-        if self._room.index.known(attachment.identity, entry.path, entry.version) is None:
-            known = Known(b"", entry.size, entry.mtime_ns, entry.version, entry.path, attachment.dataset)
-            self._room.index.learn(attachment.identity, known)
-
-    def _subject(self, attachment: Attachment, name: str, entry: Entry) -> _Object:
-        subject = self._open.get(name)
-        if subject is not None and subject.part is not None and subject.part.lost:
-            log.warning("%s: was removed while its object came in; it is fetched again", subject.part.path)
-            subject.part.close()
-            subject = None
-        if subject is None:
-            try:
-                part = self._room.store.part(name, entry.size)
-            except CacheError as error:
-                log.warning("%s: cannot be stored by block (%s); it streams through", entry.path, error)
-                part = None
-            if part is not None:
-                self._note(attachment, entry)
-            subject = self._open[name] = _Object(part, entry)
-            while len(self._open) > OPEN_PARTS:
-                self._open.popitem(last=False)
-        self._open.move_to_end(name)
-        return subject
-
-    async def _blocks(
-        self, attachment: Attachment, subject: _Object, name: str, blocks: range, priority: int
-    ) -> Transit | None:
-        """Fetch what is missing of `blocks`. The first that could not be stored comes back in transit."""
-        missing = [b for b in blocks if not await self._present(subject, b)]
-        if not missing:
-            return None
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [
-                    group.create_task(
-                        self._flights.join((name, b), lambda b=b: self._block(attachment, subject, b, priority))  # type: ignore[misc]
-                    )
-                    for b in missing
-                ]
-        except ExceptionGroup as failures:
-            raise failures.exceptions[0] from failures  # the reader is told what failed, not that something did
-        return next((t.result() for t in tasks if t.result() is not None), None)
-
-    async def _present(self, subject: _Object, block: int) -> bool:
-        part = subject.part
-        try:
-            return part is not None and part.present(block) and await asyncio.to_thread(part.checked, block)
-        except CacheError:
-            if part is not None and part.closed:
-                raise Moved from None
-            raise
-
-    async def _block(self, attachment: Attachment, subject: _Object, block: int, priority: int) -> Transit | None:
-        entry = subject.entry
-        start, stop = block_range(block, entry.size)
-        key = (attachment.identity, entry.path, entry.version, block)
-        if (passing := self._room.transit.get(key)) is not None:
-            return passing
-        if await self._present(subject, block):
-            return None  # a flight that landed between the caller's look and this one brought it
-        async with self._room.in_flight.hold(stop - start, priority):
-            return await self._fetch_and_keep(attachment, subject, block, priority)
-
-    async def _fetch_and_keep(
-        self, attachment: Attachment, subject: _Object, block: int, priority: int
-    ) -> Transit | None:
-        entry = subject.entry
-        start, stop = block_range(block, entry.size)
-        counters = self._room.counters
-        async with self._room.lanes.lane(priority):
-            counters.origin_requests += 1
-            try:
-                data = await attachment.origin.get_range(entry.path, start, stop, version=entry.version)
-            except CacheFSError:
-                counters.origin_errors += 1
-                raise
-        counters.origin_bytes += len(data)
-        if subject.part is not None and await self._store(attachment, subject.part, block, data):
-            return None
-        transit = Transit(memory_file(data), start, stop, entry.size, entry.version, entry.mtime_ns)
-        self._room.transit.put((attachment.identity, entry.path, entry.version, block), transit)
-        counters.streamed += 1
-        return transit
-
-    async def _store(self, attachment: Attachment, part: Part, block: int, data: bytes) -> bool:
-        try:
-            reserved = await self._objects.reserve(len(data), attachment.dataset, part.path)
-        except CacheFull:
-            return False
-        try:
-            await asyncio.to_thread(part.write, block, data)
-        except CacheError as error:
-            self._room.counters.store_errors += 1
-            self._room.capacity.cancel(reserved)
-            log.warning("a block cannot be stored (%s); it streams through", error)
-            return False
-        except BaseException:
-            self._room.capacity.cancel(reserved)
-            raise
-        self._room.capacity.commit(reserved)
-        return True
-
-    def _read_ahead(self, attachment: Attachment, subject: _Object, name: str, start: int) -> None:
+    def _read_ahead(self, attachment: Attachment, subject: Incomplete, name: str, start: int) -> None:
         """Fetch the next blocks; owned by the object, cancelled at shutdown, errors left to whoever needs them."""
         part = subject.part
         if part is None:
             return
         for block in range(start, min(block_count(subject.entry.size), start + subject.window)):
             if block not in subject.ahead and not part.present(block):
-                coming = self._blocks(attachment, subject, name, range(block, block + 1), AHEAD)
+                coming = self._blocks.fetch(attachment, subject, name, range(block, block + 1), AHEAD)
                 task: asyncio.Task[object] = asyncio.create_task(coming)
                 subject.ahead[block] = task
-                task.add_done_callback(functools.partial(_ended, subject, block))
+                task.add_done_callback(partial(_ended, subject, block))
 
-    async def _finish(self, attachment: Attachment, request: Need, subject: _Object, name: str) -> Stored | None:
+    async def _finish(self, attachment: Attachment, request: Need, subject: Incomplete, name: str) -> Stored | None:
         """Turn the complete part into a blob, once, and link it where this reader looks."""
-        stored = await self._finishing.join(name, lambda: self._publish(attachment, request, subject, name))
+        stored = await self._finishing.join(name, lambda _: self._publish(attachment, request, subject, name))
         refs = self._objects.refs(attachment, request)
         if stored is not None and stored.refs != refs:
-            await asyncio.to_thread(self._room.store.link, stored.key, refs)
+            await self._room.quotas.link(attachment, stored.key, refs)
         return stored
 
-    async def _publish(self, attachment: Attachment, request: Need, subject: _Object, name: str) -> Stored | None:
-        entry = subject.entry
-        assert subject.part is not None
+    async def _publish(self, attachment: Attachment, request: Need, subject: Incomplete, name: str) -> Stored | None:
+        entry, part = subject.entry, subject.part
+        assert part is not None
+        self._compare(attachment, entry, part, name)
         refs = self._objects.refs(attachment, request)
+        aside: AbstractContextManager[None] = nullcontext()
+        if part.owner != attachment.dataset:
+            try:
+                aside = await self._room.quotas.aside(attachment, entry.size)
+            except CacheFull:  # where the reader looks it cannot be, but where whoever began it does
+                refs = ((part.owner, version_ref(entry.path, entry.version)),) if part.owner else ()
         try:
-            key = await asyncio.to_thread(subject.part.finish, refs)
+            with aside:
+                key = await asyncio.to_thread(part.finish, refs, attachment.tag)
         except CacheError as error:
             log.warning("%s: cannot be completed (%s)", entry.path, error)
             return None
-        self._open.pop(name, None)
+        self._room.capacity.commit(0, self._room.store.arrived())
+        self._blocks.open.pop(name, None)
         known = Known(key, entry.size, entry.mtime_ns, entry.version, entry.path, attachment.dataset)
-        self._room.index.learn(attachment.identity, known)
+        self._room.index.learn(attachment.domain, known)
+        if not self._room.source.counts_on_us(attachment.identity, entry.path, entry.version):
+            self._objects.clearing.came(attachment, known)
         return self._objects.stored(known, refs)
 
-    def discard(self, identity: str, known: Known) -> int:
+    def _compare(self, attachment: Attachment, entry: Entry, part: Part, name: str) -> None:
+        """With the content key that was sealed, if one was; as in `Objects`, what is not that is read again, once, and
+        what comes twice is what the origin has. Raises Moved, OriginError."""
+        sealed = self._objects.sealed_key(attachment, entry.path, entry.size, entry.version)
+        key = part.key
+        if sealed is None or key is None or key + attachment.tag == sealed:
+            self._other_bytes.pop(name, None)
+            return
+        before = self._other_bytes.pop(name, None)
+        if before == key:
+            log.warning("%s: is not what was sealed, though its version is; served as the origin has it", entry.path)
+            return
+        self._room.capacity.free(self._blocks.discard_part(name))
+        if before is not None:
+            raise OriginError(
+                f"{entry.path}: came with other bytes each time it was read, none of them those that were sealed; "
+                "its storage or the network damages data",
+                path=entry.path,
+            )
+        log.warning("%s: came with other bytes than were sealed; reading it again", entry.path)
+        self._other_bytes[name] = key
+        if len(self._other_bytes) > MOST_DOUBTED:
+            del self._other_bytes[next(iter(self._other_bytes))]
+        raise Moved
+
+    # --- for another node ---
+
+    async def take_in(self, attachment: Attachment, request: Need, entry: Entry, priority: int = FOREGROUND) -> Place:
+        """One block, kept from now on for the owner of its object, which has no room for it. Raises CacheFull, and then
+        nothing was read; Moved.
+        """
+        name = part_name(attachment.domain, entry.path, entry.version)
+        block = min(request.offset, entry.size - 1) // BLOCK_SIZE
+        subject = await self._blocks.take_in(attachment, entry, name, block, priority)
+        if subject.part is None or subject.part.closed:
+            raise Moved
+        if subject.part.complete and (stored := await self._finish(attachment, request, subject, name)):
+            return stored
+        start, stop = subject.part.run(*block_range(block, entry.size))
+        return str(subject.part.path), start, stop, entry.size, entry.version
+
+    def has(self, domain: str, path: str, version: str) -> bool:
+        """Whether anything of it is here."""
+        known = self._room.index.known(domain, path, version)
+        whole = known is not None and known.key and self._room.store.has(known.key)
+        return bool(whole) or self._room.store.has_part(part_name(domain, path, version))
+
+    # --- and away ---
+
+    def discard(self, domain: str, known: Known) -> int:
         """Drop what is stored of an incomplete object; bytes freed. Its readers go on with their descriptors."""
-        name = part_name(identity, known.path, known.version)
-        subject = self._open.pop(name, None)
-        if subject is not None and subject.part is not None:
-            return subject.part.discard()
-        return self._room.store.discard_part(name)
+        return self._blocks.discard_part(part_name(domain, known.path, known.version))
+
+    def discard_part(self, name: str) -> int:
+        """The same, by its name in the store."""
+        return self._blocks.discard_part(name)
 
     async def close(self) -> None:
-        ahead = [task for subject in self._open.values() for task in subject.ahead.values()]
+        ahead = [task for subject in self._blocks.open.values() for task in subject.ahead.values()]
         for task in ahead:
             task.cancel()
         await asyncio.gather(*ahead, return_exceptions=True)
-        await self._flights.close()
+        await self._blocks.close()
         await self._finishing.close()
-
-
-def part_name(identity: str, path: str, version: str) -> str:
-    """Under which name the store keeps what it has of an incomplete object."""
-    return version_ref(f"{identity}\0{path}", version)
 
 
 def _span(first: int, last: int, size: int) -> tuple[int, int]:
     return block_range(first, size)[0], block_range(last, size)[1]
 
 
-def _ended(subject: _Object, block: int, task: asyncio.Task[object]) -> None:
+def _ended(subject: Incomplete, block: int, task: asyncio.Task[object]) -> None:
     subject.ahead.pop(block, None)
     if not task.cancelled() and (error := task.exception()) is not None:
         log.info("%s: read-ahead failed (%s); whoever reads there will try again", subject.entry.path, error)

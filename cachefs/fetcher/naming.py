@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import os
-import time
 from collections.abc import Iterator
-from pathlib import Path
 
 from cachefs import datasets
-from cachefs.catalog import Catalog, hold
-from cachefs.datasets import DatasetRecord
-from cachefs.errors import CatalogError, FetcherError
-from cachefs.fetcher import superseded
+from cachefs.catalog import Catalog
+from cachefs.errors import FetcherError
 from cachefs.fetcher.attachments import Attachment
-from cachefs.fetcher.flights import Flights
-from cachefs.fetcher.objects import Room
+from cachefs.fetcher.cataloguing import Cataloguing, Made
+from cachefs.fetcher.room import Room
 from cachefs.fetcher.tally import Send, Tally, heartbeat
-from cachefs.messages import PAGE_BYTES, Catalogued, Done, Entry, List, MakeCatalog, Page, Refresh, encode
+from cachefs.messages import (
+    PAGE_BYTES,
+    Adopt,
+    Catalogued,
+    Done,
+    Entry,
+    Follow,
+    List,
+    MakeCatalog,
+    Page,
+    Refresh,
+    TakeCatalog,
+    encode,
+)
 
-log = logging.getLogger("cachefs.fetcher")
+# Of nodes that do not serve a new catalog so many are named: their names and reasons stay within a packet.
+MOST_BEHIND = 64
 
 
 class Naming:
     def __init__(self, room: Room) -> None:
         self._room = room
-        self._listings: Flights[tuple[DatasetRecord, bool]] = Flights()
+        self._cataloguing = Cataloguing(room)
 
     async def list(self, request: List, attachment: Attachment, send: Send) -> None:
         self._room.counters.origin_requests += 1
@@ -43,81 +50,70 @@ class Naming:
     async def make_catalog(self, request: MakeCatalog, attachment: Attachment, send: Send) -> None:
         tally = Tally("objects listed")
         async with heartbeat(request.id, tally, send):
-            record, changed = await self._listings.join(
-                attachment.dataset, lambda: self._catalogue(attachment, request.refresh, tally)
-            )
-        attachment.record = record
+            made = await self._cataloguing.catalogue(attachment, request.refresh, tally)
+        self._serve(made, attachment)
+        self._say(request.id, made, send)
+
+    async def take_catalog(self, request: TakeCatalog, attachment: Attachment, send: Send) -> None:
+        """Raises ConfigError, CacheError."""
+        tally = Tally("nodes have it")
+        async with heartbeat(request.id, tally, send):
+            follows = request.previous, request.last_id
+            made = await self._cataloguing.take(attachment, request.file, follows, tally)
+        self._serve(made, attachment)
+        self._say(request.id, made, send)
+
+    @staticmethod
+    def _serve(made: Made, attachment: Attachment) -> None:
+        """The reader that asked serves the new catalog from now on."""
+        attachment.record = made.record
         attachment.close()
-        attachment.snapshot = record.snapshot
+        attachment.snapshot = made.record.snapshot
+
+    async def adopt(self, request: Adopt, send: Send) -> None:
+        """Raises PeerError, CacheError, FetcherError."""
+        from cachefs.cluster.peers.catalogs import checked_edition
+
+        tally = Tally("blocks of names")
+        async with heartbeat(request.id, tally, send):
+            edition = checked_edition(request.edition, request.snapshot, request.size, request.key, request.keys)
+            made = await self._cataloguing.adopt(request.node, request.dataset, edition, request.switch, tally)
+        self._say(request.id, made, send)
+
+    async def follow(self, request: Follow, send: Send) -> None:
+        """Raises PeerError, CacheError."""
+        tally = Tally("blocks of names")
+        async with heartbeat(request.id, tally, send):
+            made = await self._cataloguing.follow(request.dataset, tally)
+        self._say(request.id, made, send)
+
+    def _say(self, id: int, made: Made | None, send: Send) -> None:
+        if made is None:
+            send(Done(id=id))
+            return
+        record = made.record
         file = datasets.catalog_file(self._room.config.home, record)
         assert file is not None
-        catalog = Catalog.open(file)
-        try:
+        with Catalog.open(file) as catalog:
             summary = catalog.summary
-        finally:
-            catalog.close()
         send(
             Catalogued(
-                id=request.id,
+                id=id,
                 file=str(file),
                 snapshot=record.snapshot,
                 files=summary.files,
                 directories=summary.directories,
                 bytes=summary.bytes,
                 skipped=summary.skipped,
-                changed=changed,
+                changed=made.changed,
+                edition=record.edition,
+                behind=list(made.behind[:MOST_BEHIND]),
+                behind_total=made.behind_total,
             )
         )
 
-    async def _catalogue(self, attachment: Attachment, refresh: bool, tally: Tally) -> tuple[DatasetRecord, bool]:
-        from cachefs.catalog import listing
-
-        home = self._room.config.home
-        record = datasets.load(home, attachment.identity, attachment.record.root) or attachment.record
-        previous = self._open_catalog(datasets.catalog_file(home, record))
-        if previous is not None and not refresh:
-            previous.close()
-            return record, False
-        folder = home / "catalogs" / record.id
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-
-        def progress(objects: int, count: int) -> None:
-            tally.done, tally.bytes = objects, count
-
-        try:
-            await attachment.origin.check(record.root)  # a wrong address or key is said at once, not after retries
-            catalog = await listing.build(
-                attachment.origin,
-                record.root,
-                folder / "new.sqlite",
-                previous=previous,
-                last_id=_last_id(record, folder) if previous is None else record.last_id,
-                progress=progress,
-                # A refresh was asked for because something changed just now: what an interrupted one listed before
-                # that must not be taken for it.
-                resume=previous is None,
-            )
-            if previous is not None:
-                await asyncio.to_thread(superseded.note, home, record.id, previous, catalog)
-        finally:
-            if previous is not None:
-                previous.close()
-        snapshot, last_id = catalog.summary.snapshot, catalog.summary.last_id
-        catalog.close()
-        os.replace(folder / "new.sqlite", folder / f"{snapshot}.sqlite")
-        changed = snapshot != record.snapshot
-        record = datasets.update(home, record, snapshot=snapshot, catalog=f"{snapshot}.sqlite", last_id=last_id)
-        hold.forget_old(folder, current=record.catalog)
-        return record, changed
-
-    def _open_catalog(self, file: Path | None) -> Catalog | None:
-        if file is None:
-            return None
-        try:
-            return Catalog.open(file)
-        except (CatalogError, OSError) as error:
-            log.warning("%s: cannot be used (%s); the dataset is listed again", file, error)
-            return None
+    async def close(self) -> None:
+        await self._cataloguing.close()
 
     async def refresh(self, request: Refresh, attachment: Attachment, send: Send) -> None:
         record = attachment.record
@@ -127,17 +123,6 @@ class Naming:
         record = datasets.update(self._room.config.home, record, snapshot=f"g{generation}")
         attachment.record, attachment.snapshot = record, record.snapshot
         send(Done(id=request.id))
-
-
-def _last_id(record: DatasetRecord, folder: Path) -> int:
-    """Where inode numbers go on though no catalog can be read that says it; `folder` is where catalogs are.
-
-    A mount may still serve the one that is lost, and in the kernel a number must not come to mean something else.
-    """
-    if record.last_id or not (record.catalog or any(folder.glob("*.sqlite"))):
-        return record.last_id
-    # The record is of an older version, or was lost too. More than were ever given away: a million for each second.
-    return int(time.time()) << 20
 
 
 def _is_text(path: str) -> bool:

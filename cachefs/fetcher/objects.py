@@ -11,27 +11,21 @@ import asyncio
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from functools import partial
 from typing import NamedTuple
 
-from cachefs import datasets, memory
-from cachefs.budget import Budget
-from cachefs.config import CacheConfig
+from cachefs.budget import Urgency
 from cachefs.digest import BLOCK_SIZE, content_key, snapshot_ref, version_ref
-from cachefs.errors import CacheError, CacheFull, StaleObject
-from cachefs.fetcher import superseded
-from cachefs.fetcher.attachments import Attachment, Attachments
-from cachefs.fetcher.capacity import Capacity, allocated
-from cachefs.fetcher.counters import Counters
+from cachefs.errors import CacheError, CacheFull, OriginError, StaleObject
+from cachefs.fetcher.attachments import Attachment
+from cachefs.fetcher.clearing import Clearing
 from cachefs.fetcher.flights import Flights
-from cachefs.fetcher.index import Index, Known, Seen
-from cachefs.fetcher.lanes import FOREGROUND, Lanes
-from cachefs.fetcher.residency import Candidate, victims
-from cachefs.fetcher.storing import Storing
-from cachefs.fetcher.transit import KEEP_BYTES, KEEP_LEAST, KEEP_SHARE, Transit, TransitStation, memory_file
-from cachefs.messages import Entry, Need
-from cachefs.store import Reader, Store
+from cachefs.fetcher.index import Known, Seen
+from cachefs.fetcher.lanes import BACKGROUND, FOREGROUND
+from cachefs.fetcher.room import Room
+from cachefs.fetcher.sources import Data, Host
+from cachefs.fetcher.transit import Transit, memory_file
+from cachefs.messages import Entry, Lodge, Need
 
 log = logging.getLogger("cachefs.fetcher")
 
@@ -39,14 +33,6 @@ log = logging.getLogger("cachefs.fetcher")
 # their number (AWS "Checking object integrity"): equal ETag and size mean equal content, whatever the name.
 # Other origins make ETags of inode and time, which says nothing about content.
 _MD5_ETAG = re.compile(r"[0-9a-f]{32}(-\d+)?")
-
-# After a crash the store is counted anew, 3 s per million blobs; a reader waits this long before its object streams
-# through instead.
-SCAN_PATIENCE = 1.0
-
-# Eviction frees more than the one object that asked, so that the next ones find room without evicting again.
-EVICT_AT_LEAST = 64 * 1024 * 1024
-
 
 # (dataset, ref) pairs: where a reader looks for an object.
 Refs = tuple[tuple[str, str], ...]
@@ -63,31 +49,13 @@ class Stored(NamedTuple):
     refs: Refs
 
 
-class Room:
-    """Everything the fetcher's parts share. Owned by the service; made once."""
-
-    def __init__(self, config: CacheConfig, store: Store, index: Index) -> None:
-        self.config = config
-        self.store = store
-        self.reader = Reader(config.dirs)
-        self.storing = Storing(store)
-        self.index = index
-        self.capacity = Capacity(config.size, config.min_free)
-        self.attachments = Attachments(config.home)
-        self.counters = Counters()
-        self.lanes = Lanes()
-        self.in_flight = Budget(memory.in_flight())
-        self.transit = TransitStation(memory.share(KEEP_SHARE, least=KEEP_LEAST, most=KEEP_BYTES))
-        self.scanned = asyncio.Event()
-
-
 class Objects:
     """Whole objects of at most one block. Larger ones are recognised here and handed to `large`."""
 
     def __init__(self, room: Room) -> None:
         self.room = room
         self._flights: Flights[Stored | Transit | Entry] = Flights()
-        self._evicting = asyncio.Lock()
+        self.clearing = Clearing(room)
 
     def refs(self, attachment: Attachment, request: Need) -> Refs:
         """Where the reader that asks will look for the object."""
@@ -122,25 +90,26 @@ class Objects:
         refs = self.refs(attachment, request)
         try:
             if version and (known := await self._stored(attachment, request, version, refs)):
+                self.room.counters.stored += 1
                 return known
             if not request.damaged and (found := self._linked(version, refs)):
                 return found
         except CacheError as error:
             log.warning("%s: its stored copy cannot be used (%s); reading the origin", request.path, error)
-        if version and (passing := self.room.transit.get((attachment.identity, request.path, version))) is not None:
+        if version and (passing := self.room.transit.get((attachment.domain, request.path, version))) is not None:
             return passing
         # Readers of different snapshots may mean different versions while the version is still unknown.
-        key = (attachment.identity, request.path, version, "" if version else (attachment.dataset, attachment.snapshot))
-        result = await self._flights.join(key, lambda: self._fetch(attachment, request, version, refs, priority))
+        key = (attachment.domain, request.path, version, "" if version else (attachment.dataset, attachment.snapshot))
+        result = await self._flights.join(key, partial(self._fetch, attachment, request, version, refs), priority)
         if isinstance(result, Stored) and result.refs != refs:
             # Whoever joined the flight may look for the object under another ref than whoever started it.
-            await asyncio.to_thread(self.room.store.link, result.key, refs)
+            await self.room.quotas.link(attachment, result.key, refs)
         return result
 
     async def _stored(self, attachment: Attachment, request: Need, version: str, refs: Refs) -> Stored | None:
         """The object if its bytes are on disk and right, linked under `refs`."""
         room = self.room
-        known = room.index.known(attachment.identity, request.path, version)
+        known = room.index.known(attachment.domain, request.path, version)
         if known is None or not known.key:
             return None
         missing = tuple(ref for ref in refs if not room.reader.file(*ref))
@@ -148,13 +117,13 @@ class Objects:
             if not room.store.has(known.key):
                 return None
             # Not checked since the machine started, or a reader found it wrong: read it before it is served.
-            if not await asyncio.to_thread(room.store.check, known.key):
+            unsure = request.damaged or not room.store.sealed(known.key)
+            if unsure and not await asyncio.to_thread(room.store.check, known.key):
                 self._damaged(attachment, known)
                 return None
             missing = refs
-        if missing and not await asyncio.to_thread(room.store.link, known.key, missing):
+        if missing and not await room.quotas.link(attachment, known.key, missing):
             return None
-        room.counters.stored += 1
         self._see(attachment, request, version, known.size, known.mtime_ns)
         return self.stored(known, refs)
 
@@ -174,7 +143,8 @@ class Objects:
         log.warning("%s: its stored copy does not match its digest; fetching it again", known.path)
         self.room.counters.damaged += 1
         self.room.capacity.free(self.room.store.drop(known.key))
-        self.room.index.forget(attachment.identity, known.path, known.version)
+        self.room.turnover.lost(attachment, known)
+        self.room.index.forget(attachment.domain, known.path, known.version)
 
     def _see(self, attachment: Attachment, request: Need, version: str, size: int, mtime_ns: int) -> None:
         if not request.version and attachment.snapshot.startswith("g"):
@@ -183,26 +153,25 @@ class Objects:
                 self.room.index.see(attachment.dataset, attachment.snapshot, request.path, seen)
 
     async def _fetch(
-        self, attachment: Attachment, request: Need, version: str, refs: Refs, priority: int
+        self, attachment: Attachment, request: Need, version: str, refs: Refs, urgency: Urgency
     ) -> Stored | Transit | Entry:
         room = self.room
-        if request.size > BLOCK_SIZE:
-            return Entry(request.path, request.size, 0, version)
         try:
             if recognised := await self._recognise(attachment, request, version, refs):
                 return recognised
         except CacheError as error:
             log.warning("%s: its stored copy cannot be used (%s); reading the origin", request.path, error)
+        if request.size > BLOCK_SIZE:
+            return Entry(request.path, request.size, 0, version)
         # Of unknown size: as much as will be taken.
-        async with room.in_flight.hold(request.size if request.size >= 0 else BLOCK_SIZE, priority):
-            return await self._fetch_and_keep(attachment, request, version, refs, priority)
+        async with room.in_flight.hold(request.size if request.size >= 0 else BLOCK_SIZE, urgency):
+            return await self._fetch_and_keep(attachment, request, version, refs, urgency)
 
     async def _fetch_and_keep(
-        self, attachment: Attachment, request: Need, version: str, refs: Refs, priority: int
+        self, attachment: Attachment, request: Need, version: str, refs: Refs, urgency: Urgency
     ) -> Stored | Transit | Entry:
         room = self.room
-        async with room.lanes.lane(priority):
-            entry, data = await self.ask(lambda: attachment.origin.get(request.path, version=version, limit=BLOCK_SIZE))
+        entry, data = await room.source.whole(attachment, request, version, urgency)
         if version and entry.version != version:
             raise StaleObject(
                 f"{request.path}: was replaced at the origin and the version of this snapshot is not cached; "
@@ -212,50 +181,101 @@ class Objects:
         if data is None:
             self._see(attachment, request, entry.version, entry.size, entry.mtime_ns)
             return entry
-        room.counters.origin_bytes += len(data)
-        kept = await self.keep(attachment, entry, data, refs)
+        sealed = self.sealed_key(attachment, request.path, request.size, version) if version else None
+        if sealed is not None and content_key(data) + attachment.tag != sealed:
+            data = await self._again(attachment, request, version, urgency, data, sealed)
+        kept = await self._keep_or_pass(attachment, entry, data, refs)
         # Before the flight lands: whoever comes between its landing and a later note would find nothing known
         # of the object and read it again.
         self._see(attachment, request, entry.version, entry.size, entry.mtime_ns)
         return kept
 
-    async def ask(self, call: Callable[[], object]) -> tuple[Entry, bytes | None]:
-        """One request at the origin, counted."""
-        self.room.counters.origin_requests += 1
-        try:
-            return await call()  # type: ignore[misc,no-any-return]
-        except Exception:
-            self.room.counters.origin_errors += 1
-            raise
+    async def _again(
+        self, attachment: Attachment, request: Need, version: str, urgency: Urgency, data: Data, sealed: bytes
+    ) -> Data:
+        """What came is not what was sealed: read it once more. What comes twice is what the origin has now, and whoever
+        sealed it may have read it wrong; what is different each time was damaged on its way. Raises OriginError."""
+        log.warning("%s: came with other bytes than were sealed; reading it again", request.path)
+        _, again = await self.room.source.whole(attachment, request, version, urgency)
+        if again is not None and content_key(again) + attachment.tag == sealed:
+            return again
+        if again is None or bytes(again) != bytes(data):
+            raise OriginError(
+                f"{request.path}: came with other bytes each time it was read, none of them those that were sealed; "
+                "its storage or the network damages data",
+                path=request.path,
+            )
+        log.warning("%s: is not what was sealed, though its version is; served as the origin has it", request.path)
+        return again
 
     async def _recognise(self, attachment: Attachment, request: Need, version: str, refs: Refs) -> Stored | None:
-        """A renamed or copied object whose content is stored: found by what S3 says of the content."""
-        hint = content_hint(attachment, version)
-        if hint is None or request.size < 0:
+        """An object whose content is stored under another name: found by its content key where the catalog has it, or
+        by what S3 says of the content of one that was renamed or copied."""
+        if not version or request.size < 0:
             return None
-        key = self.room.index.same_content(hint, request.size)
+        sealed = self.sealed_key(attachment, request.path, request.size, version)
+        key = sealed
+        if key is None and request.size <= BLOCK_SIZE and (hint := content_hint(attachment, version)):
+            key = self.room.index.same_content(hint, request.size)
         if key is None or not self.room.store.has(key):
             return None
-        if not await asyncio.to_thread(self.room.store.check, key):
+        # To read all of a large one costs as much as it saves; the seal says that it is whole.
+        whole = sealed is not None and not request.damaged and self.room.store.sealed(key)
+        if not whole and not await asyncio.to_thread(self.room.store.check, key):
             self.room.capacity.free(self.room.store.drop(key))
             return None
-        if not await asyncio.to_thread(self.room.store.link, key, refs):
+        if _size_of(self.room.store.path(key)) != request.size:
+            return None  # evicted just now; or two contents of one key: XXH3 is no proof against whoever wants that
+        if not await self.room.quotas.link(attachment, key, refs):
             return None
         known = Known(key, request.size, 0, version, request.path, attachment.dataset)
-        self.room.index.learn(attachment.identity, known)
+        self.room.index.learn(attachment.domain, known)
         return self.stored(known, refs)
 
-    async def keep(self, attachment: Attachment, entry: Entry, data: bytes, refs: Refs) -> Stored | Transit:
-        """Store what was fetched, or let it pass through memory when it cannot be stored."""
+    def sealed_key(self, attachment: Attachment, path: str, size: int, version: str) -> bytes | None:
+        """What the blob of this version is called by the catalog, where `cachefs seal` has put that into it."""
+        try:
+            catalog = attachment.catalog(self.room.config.home)
+            if catalog is None or not catalog.has_keys or (row := catalog.find(path)) is None:
+                return None
+            key = catalog.key(row.id)
+        except StaleObject:  # its snapshot has no catalog any more: the origin is asked as ever
+            return None
+        same = row.version == version and row.size == size
+        return key + attachment.tag if key is not None and same else None
+
+    async def _keep_or_pass(self, attachment: Attachment, entry: Entry, data: Data, refs: Refs) -> Stored | Transit:
+        """Store what was fetched, in the place of what is read less often if need be, or let it pass through memory."""
+        room = self.room
+        for last in (False, True):
+            try:
+                with await room.quotas.aside(attachment, len(data)):
+                    return await self._keep(attachment, entry, data, refs)
+            except CacheFull:
+                # What another node keeps, too, takes nothing's place.
+                ours = room.source.counts_on_us(attachment.identity, entry.path, entry.version)
+                sure = ours and room.scanned.is_set()
+                if last or not sure or not await room.turnover.give_way(attachment, entry, len(data)):
+                    break
+        passing = self._pass(attachment, entry, data)
+        if sure:
+            room.source.offer(attachment, entry)
+        return passing
+
+    async def _keep(self, attachment: Attachment, entry: Entry, data: Data, refs: Refs) -> Stored | Transit:
+        """Raises CacheFull. What cannot be stored for another reason passes through memory."""
         room = self.room
         try:
             several = len(room.config.dirs) > 1  # only then does it matter where the key leads
-            file = room.store.path(content_key(data)) if several else None
-            reserved = await self.reserve(len(data), attachment.dataset, file)
-        except CacheError:  # full, or no directory works any more
+            file = room.store.path(content_key(data) + attachment.tag) if several else None
+            copy = not room.source.counts_on_us(attachment.identity, entry.path, entry.version)
+            reserved = await self.clearing.reserve(len(data), attachment.dataset, file, copy=copy, path=entry.path)
+        except CacheFull:
+            raise
+        except CacheError:  # no directory works any more
             return self._pass(attachment, entry, data)
         try:
-            key = await room.storing.put(data, refs)
+            key = await room.storing.put(data, refs, attachment.tag)
         except CacheError as error:
             room.counters.store_errors += 1
             room.capacity.cancel(reserved)
@@ -264,73 +284,76 @@ class Objects:
         except BaseException:
             room.capacity.cancel(reserved)
             raise
-        room.capacity.commit(reserved)
+        room.capacity.commit(reserved, room.store.arrived())
         room.attachments.remember(attachment)
         known = Known(key, entry.size, entry.mtime_ns, entry.version, entry.path, attachment.dataset)
-        room.index.learn(attachment.identity, known)
+        room.index.learn(attachment.domain, known)
         if hint := content_hint(attachment, entry.version):
             room.index.learn_content(hint, entry.size, key)
+        if copy:
+            self.clearing.came(attachment, known)
+        room.turnover.kept(attachment, known)
         return self.stored(known, refs)
 
-    def _pass(self, attachment: Attachment, entry: Entry, data: bytes) -> Transit:
+    def _pass(self, attachment: Attachment, entry: Entry, data: Data) -> Transit:
         self.room.counters.streamed += 1
         fd = memory_file(data)
         transit = Transit(fd, 0, len(data), entry.size, entry.version, entry.mtime_ns)
-        self.room.transit.put((attachment.identity, entry.path, entry.version), transit)
+        self.room.transit.put((attachment.domain, entry.path, entry.version), transit)
         return transit
 
-    async def reserve(self, count: int, dataset: str, file: Path | None) -> int:
-        """Room for `count` bytes of `file` (None: in home), taken from idle datasets if need be. Raises CacheFull."""
-        room = self.room
-        if not room.scanned.is_set():
-            try:
-                async with asyncio.timeout(SCAN_PATIENCE):
-                    await room.scanned.wait()
-            except TimeoutError:
-                raise CacheFull("the cache is still being counted after a crash") from None
-        directory = room.config.home
-        if file is not None:
-            directory = next((d for d in room.config.dirs if file.is_relative_to(d)), directory)
+    # --- for another node ---
+
+    async def take_in(self, attachment: Attachment, request: Lodge) -> bool:
+        """Keep an object for its owner, which has no room for it. Whether it is kept; copies give way to it, as they do
+        to what this node owns. Raises CacheFull when there is no room here either, PeerError.
+        """
+        source, path, version = self.room.source, request.path, request.version
+        if not isinstance(source, Host) or not source.take_in(attachment, path, version):
+            return False
+        kept = False
         try:
-            return room.capacity.reserve(count, directory)
-        except CacheFull:
-            # One eviction at a time: those who waited for it find its room and need none of their own.
-            async with self._evicting:
-                try:
-                    return room.capacity.reserve(count, directory)
-                except CacheFull:
-                    await asyncio.to_thread(self._evict, max(allocated(count), EVICT_AT_LEAST), dataset)
-                return room.capacity.reserve(count, directory)
+            kept = await self._take_in(attachment, request, source)
+        finally:
+            if kept:
+                source.take_in(attachment, path, version)  # a reader here may have missed it meanwhile
+            else:
+                source.turn_away(attachment, path, version)
+        self.room.counters.guests += kept
+        return kept
 
-    def _evict(self, count: int, wanted_by: str) -> None:
-        """Free `count` bytes, without taking from a dataset in use: first of what a refresh has replaced."""
-        room = self.room
-        freed = 0
-        for dataset, ref in self._may_go(wanted_by):
-            freed += room.store.unlink_ref(dataset, ref)
-            if freed >= count:
-                break
-        room.counters.evicted_bytes += freed
-        room.capacity.free(freed)
-
-    def _may_go(self, wanted_by: str) -> Iterator[tuple[str, str]]:
-        room = self.room
-        pinned = datasets.pinned(room.config.home)
-        yield from superseded.take(room.config.home, kept=pinned - {wanted_by})
-        candidates = [
-            Candidate(d, datasets.last_use(room.config.home, d), room.attachments.in_use(d), d in pinned)
-            for d in room.store.datasets()
-        ]
-        for dataset in victims(candidates, wanted_by):
-            for ref in room.store.refs(dataset):
-                yield dataset, ref
+    async def _take_in(self, attachment: Attachment, request: Lodge, source: Host) -> bool:
+        room, path, version = self.room, request.path, request.version
+        need = Need(attachment=request.attachment, path=path, version=version, size=request.size, everywhere=True)
+        refs = self.refs(attachment, need)
+        if await self._stored(attachment, need, version, refs):
+            return True
+        with await room.quotas.aside(attachment, request.size):
+            # Before its bytes are asked for: a node that is full takes nobody's time.
+            reserved = await self.clearing.reserve(request.size, attachment.dataset, None)
+            try:
+                async with room.in_flight.hold(request.size, BACKGROUND):
+                    data = await source.from_owner(attachment, path, version, request.size)
+            finally:
+                room.capacity.cancel(reserved)
+            entry = Entry(path, len(data), 0, version)
+            return isinstance(await self._keep(attachment, entry, data, refs), Stored)
 
     async def close(self) -> None:
+        await self.clearing.close()
         await self._flights.close()
+        await self.room.turnover.close()
+
+
+def _size_of(file: str | os.PathLike[str]) -> int:
+    try:
+        return os.stat(file).st_size
+    except FileNotFoundError:
+        return -1
 
 
 def content_hint(attachment: Attachment, version: str) -> str | None:
     """What the origin says about the content itself, None where it says nothing."""
     if attachment.identity.startswith("s3") and _MD5_ETAG.fullmatch(version):
-        return f"md5:{version}"
+        return f"md5:{version} {attachment.record.tenant}".rstrip()
     return None

@@ -1,8 +1,6 @@
-"""What stays on the SSD, as pure decisions over numbers (DESIGN section 6).
+"""Which dataset gives room to another, as a pure decision over numbers (DESIGN section 6).
 
-Within a dataset in use nothing is evicted for its own sake: when every item is read once per epoch in a fresh
-order, keeping a uniform resident set hits C/N, which no policy beats, and LRU falls far below. What does not fit
-streams through. Across datasets the one least recently used goes first, never one in use or pinned.
+The one least recently used goes first, never one in use or pinned. Within a dataset in use: `following`.
 """
 
 from __future__ import annotations

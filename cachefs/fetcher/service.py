@@ -12,6 +12,8 @@ import logging
 import os
 import socket
 import time
+from contextlib import nullcontext
+from typing import Any
 
 import msgspec
 
@@ -19,13 +21,17 @@ from cachefs import memory
 from cachefs.catalog import staging
 from cachefs.errors import CacheError, ObjectNotFound, StaleObject
 from cachefs.fetcher.attachments import Attachment
+from cachefs.fetcher.blocks import Moved
+from cachefs.fetcher.cluster import Cluster
 from cachefs.fetcher.connection import Connection
 from cachefs.fetcher.jobs import Jobs
-from cachefs.fetcher.lanes import FOREGROUND
-from cachefs.fetcher.large import Alive, LargeObjects, Moved, Place, silent
-from cachefs.fetcher.objects import Objects, Room, Stored
+from cachefs.fetcher.lanes import AHEAD, FOREGROUND
+from cachefs.fetcher.large import Alive, LargeObjects, Place, silent
+from cachefs.fetcher.objects import Objects, Stored
 from cachefs.fetcher.prefetch import Prefetcher
+from cachefs.fetcher.room import Room
 from cachefs.fetcher.settings import leave_count, remember_size, take_count
+from cachefs.fetcher.sources import Host
 from cachefs.fetcher.transit import Transit
 from cachefs.messages import Entry, Need, Ready
 from cachefs.packets import peer_uid
@@ -46,8 +52,10 @@ class Service:
         self.room = room
         self.objects = Objects(room)
         self.large = LargeObjects(self.objects)
-        self.jobs = Jobs(room, self.bytes_of, self.large.discard)
+        self.jobs = Jobs(room, self.bytes_of, self.large.discard, self.large.discard_part)
         self.prefetcher = Prefetcher(room, self.bytes_of)
+        room.plans = self.prefetcher.foresight
+        self.cluster = Cluster(room)
         self.over = asyncio.Event()
         self.started = time.time()
         self._connections: set[Connection] = set()
@@ -69,14 +77,19 @@ class Service:
                 for connection in list(self._connections):
                     await connection.close()
                 await self.prefetcher.close()
+                await self.jobs.close()
+                await self.cluster.close()
                 await self.large.close()
                 await self.objects.close()
+                await self.room.quotas.close()
                 await self.room.attachments.close()
                 self.room.transit.close()
                 self.room.index.close()
         # Everything has ended: the count is final. A crash leaves none.
         if self.room.scanned.is_set():
+            self.room.capacity.commit(0, self.room.store.arrived())
             leave_count(self.room.config.home, self.room.capacity.used)
+            self.room.quotas.leave()
 
     def serve(self, sock: socket.socket) -> None:
         """Take a connected reader (also used for a reader in this very process)."""
@@ -104,8 +117,10 @@ class Service:
             await asyncio.to_thread(self.room.store.sweep)
             counted = (await asyncio.to_thread(self.room.store.usage)).bytes
         self.room.capacity.used += counted
-        await asyncio.to_thread(staging.remove_abandoned, self.room.config.home / "catalogs")
+        await self.jobs.fit()  # a command that lowered a quota may have been cut off
         self.room.scanned.set()
+        await asyncio.to_thread(self.room.turnover.try_directories)
+        await asyncio.to_thread(staging.remove_abandoned, self.room.config.home / "catalogs")
 
     async def _keep_house(self) -> None:
         while True:
@@ -132,6 +147,8 @@ class Service:
                 if not isinstance(result, Entry):
                     return result
                 with contextlib.suppress(Moved):
+                    if request.keep:
+                        return await self.large.take_in(attachment, request, result, priority)
                     return await self.large.need(attachment, request, result, priority, alive)
             raise CacheError(f"{request.path}: comes and goes faster than it can be read", path=request.path)
         except ObjectNotFound as error:
@@ -144,11 +161,27 @@ class Service:
                 path=request.path,
             ) from error
 
+    async def kept(self, attachment: Attachment, request: Need, priority: int, alive: Alive) -> Place:
+        """A block, kept from now on for the owner of its object. Raises CacheFull, CacheError."""
+        source, path, version = self.room.source, request.path, request.version
+        if not isinstance(source, Host) or not source.take_in(attachment, path, version):
+            raise CacheError(f"{path}: nothing of it is kept here for another node", path=path)
+        try:
+            return await self.bytes_of(attachment, request, priority, alive)
+        finally:
+            if self.large.has(attachment.domain, path, version):
+                source.take_in(attachment, path, version)  # another block of it may have failed meanwhile
+            else:
+                source.turn_away(attachment, path, version)
+
     async def ready(self, attachment: Attachment, request: Need, alive: Alive = silent) -> tuple[Ready, int]:
         """The reply to Need and the descriptor that goes with it (-1: none). The descriptor is the caller's."""
         self.room.counters.needs += 1
-        with self.prefetcher.asked(attachment, request):
-            place = await self.bytes_of(attachment, request, alive=alive)
+        self.room.counters.asked_by_peers += attachment.direct
+        # What another node's reader asks for says nothing of what consumers of this one have read.
+        with nullcontext() if attachment.direct else self.prefetcher.asked(attachment, request):
+            bytes_of = self.kept if request.keep else self.bytes_of
+            place = await bytes_of(attachment, request, AHEAD if request.ahead else FOREGROUND, alive)
         if isinstance(place, Stored):
             file = place.file
             reply = Ready(
@@ -195,7 +228,7 @@ class Service:
         capacity.limit = size
         remember_size(self.room.config.home, size)
 
-    def status(self) -> dict[str, object]:
+    def status(self) -> dict[str, Any]:
         capacity = self.room.capacity
         return {
             "pid": os.getpid(),
@@ -203,6 +236,7 @@ class Service:
             "home": str(self.room.config.home),
             "dirs": [str(d) for d in self.room.config.dirs],
             "out": {str(d): why for d, why in self.room.store.out.items()},
+            "silent": sorted(self.room.turnover.silent) if self.room.turnover.tried else [],
             "size": capacity.limit,
             "min_free": str(self.room.config.min_free),
             "used": capacity.used,
@@ -215,6 +249,8 @@ class Service:
                 "in_flight_most": self.room.in_flight.most,
                 "in_flight_limit": self.room.in_flight.limit,
             },
-            "counters": self.room.counters.as_dict(),
+            "counters": self.room.counters.as_dict() | {"found": self.room.found()},
+            "quotas": self.room.quotas.report(),
             "consumers": self.prefetcher.report(),
+            "cluster": self.cluster.status(),
         }

@@ -6,6 +6,7 @@ Everything it fetches passes through memory then. Its answers are those of a cac
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from cachefs.config import CacheConfig
 from cachefs.errors import CacheError, CacheFull
 from cachefs.fetcher.index import Index
 from cachefs.store import Part, Store, Usage
+from cachefs.store.ledger import Book, Ledger
 
 _WHY = "another process has this cache, so nothing is stored here"
 
@@ -24,6 +26,7 @@ class NoStore(Store):
     def __init__(self, config: CacheConfig) -> None:
         self.config = config
         self.seal = 0
+        self.ledger = Ledger()
 
     @property
     def out(self) -> dict[Path, str]:
@@ -39,16 +42,25 @@ class NoStore(Store):
     def path(self, key: bytes) -> Path:
         return self.config.home
 
-    def put(self, data: Any, *, links: Iterable[tuple[str, str]] = ()) -> bytes:
+    def put(self, data: Any, *, links: Iterable[tuple[str, str]] = (), tag: bytes = b"") -> bytes:
         raise CacheFull(_WHY)
 
-    def part(self, ref: str, size: int) -> Part:
+    def part(self, ref: str, size: int, owner: str = "") -> Part:
         raise CacheError(_WHY)
 
-    def publish(self, folder: Any, source: str, key: bytes, digests: list[bytes], links: list[tuple[str, str]]) -> None:
+    def publish(self, folder: Any, source: str, key: bytes, digests: list[bytes], links: list[tuple[str, str]]) -> bool:
         raise CacheError(_WHY)
+
+    def came(self, count: int) -> None:
+        raise CacheError(_WHY)
+
+    def arrived(self) -> int:
+        return 0
 
     def has(self, key: bytes) -> bool:
+        return False
+
+    def sealed(self, key: bytes) -> bool:
         return False
 
     def check(self, key: bytes) -> bool:
@@ -71,6 +83,18 @@ class NoStore(Store):
 
     def discard_part(self, ref: str) -> int:
         return 0
+
+    def open_book(self, dataset: str) -> Book:
+        return Book()
+
+    def holds(self, book: Book, file: str, info: os.stat_result) -> bool:
+        return False
+
+    def has_part(self, ref: str) -> bool:
+        return False
+
+    def parts_of(self, dataset: str) -> Iterator[str]:
+        return iter(())
 
     def sweep(self) -> int:
         return 0

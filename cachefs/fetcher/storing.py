@@ -36,16 +36,16 @@ class Storing:
         # With one directory there is nothing to look for.
         self._only = Places(store.config.home) if len(store.config.dirs) == 1 else None
 
-    async def put(self, data: bytes, links: Iterable[tuple[str, str]]) -> bytes:
+    async def put(self, data: bytes | memoryview, links: Iterable[tuple[str, str]], tag: bytes = b"") -> bytes:
         """As Store.put."""
         began = time.monotonic()
         if len(data) > SMALL_BYTES or began < self._threads_until:
             try:
-                return await asyncio.to_thread(self._store.put, data, links=links)
+                return await asyncio.to_thread(self._store.put, data, links=links, tag=tag)
             finally:
                 self.spent += time.monotonic() - began
         try:
-            return self._store.put(data, links=links)
+            return self._store.put(data, links=links, tag=tag)
         finally:
             now = time.monotonic()
             self.spent += now - began

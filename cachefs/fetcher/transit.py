@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Hashable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 # Eight blocks: enough for several sequential readers of large objects to take their READs out of one block, and
 # 600 images of 110 KB for ranks that follow one another; small against what one training process takes.
@@ -21,8 +21,13 @@ KEEP_BYTES = 64 * 1024 * 1024
 KEEP_SHARE, KEEP_LEAST = 64, 16 * 1024 * 1024
 
 
-class Transit(NamedTuple):
-    """fd: a memfd with bytes [start, stop) of the object. size and version are the object's."""
+@dataclass(eq=False, slots=True)
+class Transit:
+    """fd: a memfd with bytes [start, stop) of the object. size and version are the object's.
+
+    It closes fd when nobody has it any more: others may push it out of the station between the end of a flight and the
+    moment when whoever waited takes the descriptor, whose number would be another file's by then.
+    """
 
     fd: int
     start: int
@@ -31,8 +36,11 @@ class Transit(NamedTuple):
     version: str
     mtime_ns: int
 
+    def __del__(self) -> None:
+        os.close(self.fd)
 
-def memory_file(data: bytes) -> int:
+
+def memory_file(data: bytes | memoryview) -> int:
     """A descriptor of an anonymous file with `data`."""
     fd = os.memfd_create("cachefs-transit", os.MFD_CLOEXEC)
     view = memoryview(data)
@@ -64,11 +72,12 @@ class TransitStation:
 
     def put(self, key: Hashable, transit: Transit) -> None:
         if (old := self._recent.pop(key, None)) is not None:
-            self._drop(old)
+            self._held -= old.stop - old.start
         self._recent[key] = transit
         self._held += transit.stop - transit.start
         while self._held > self._keep and len(self._recent) > 1:
-            self._drop(self._recent.popitem(last=False)[1])
+            _, first = self._recent.popitem(last=False)
+            self._held -= first.stop - first.start
 
     def hold(self, key: Hashable) -> int:
         """Keep a recent one until `release`; its bytes, 0 when it is not there or held already."""
@@ -85,12 +94,7 @@ class TransitStation:
         if (transit := self._on_hold.pop(key, None)) is not None:
             self.put(key, transit)
 
-    def _drop(self, transit: Transit) -> None:
-        self._held -= transit.stop - transit.start
-        os.close(transit.fd)
-
     def close(self) -> None:
-        for key in list(self._on_hold):
-            self.release(key)
-        while self._recent:
-            self._drop(self._recent.popitem()[1])
+        self._on_hold.clear()
+        self._recent.clear()
+        self._held = 0

@@ -50,6 +50,7 @@ class CacheFileSystem(ReadOnly, SyncNames, SyncBytes, AsyncSide, ChainedFileSyst
     fs: an instance of it. cache_dir: one directory or several (one per SSD), the first is the cache's home.
     cache_size, min_free: as in CacheConfig ("200G", "20%"). fetcher: "auto" starts one on demand, "require" uses a
     running one only, "inprocess" fetches in this process. deadline: seconds a read may wait for the origin.
+    tenant: whose the datasets are that are first read by this ($CACHEFS_TENANT).
     redacted: the secrets of target_options were left out (set in pickles).
 
     Whether an object changed at the origin is not checked again (there is no check_files or expiry_time): a snapshot
@@ -76,6 +77,7 @@ class CacheFileSystem(ReadOnly, SyncNames, SyncBytes, AsyncSide, ChainedFileSyst
         min_free: str | int | None = None,
         fetcher: str | None = None,
         deadline: float | None = None,
+        tenant: str | None = None,
         redacted: bool = False,
         asynchronous: bool = False,
         loop: asyncio.AbstractEventLoop | None = None,
@@ -100,7 +102,7 @@ class CacheFileSystem(ReadOnly, SyncNames, SyncBytes, AsyncSide, ChainedFileSyst
                 )
             fetcher = "inprocess"
         self.config = CacheConfig.make(
-            cache_dir, size=cache_size, min_free=min_free, fetcher=fetcher, deadline=deadline
+            cache_dir, size=cache_size, min_free=min_free, fetcher=fetcher, deadline=deadline, tenant=tenant
         )
         self._views = Views(self.config, self._target.spec, redacted=redacted, local=self._target.local)
         self._names = Names(self.dircache, flat=self.target_protocol in _FLAT)

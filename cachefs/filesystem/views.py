@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cachefs import datasets
+from cachefs import datasets, hits
 from cachefs.catalog.hold import shared_hold
 from cachefs.client import Connection
 from cachefs.client.session import Session
@@ -41,7 +41,10 @@ class View:
         self.dataset = record.id
         self.snapshot = record.snapshot
         self.connection = Connection(config, session)
-        self.touch_at = 0.0
+        self.found = 0  # hits that were not told yet
+        self.due = 0.0  # when to tell them
+        self._touch_at = 0.0
+        self._pid = os.getpid()
         self._catalog_file = datasets.catalog_file(config.home, record)
         self._catalogs = threading.local()
         # So that it is still there when a thread, or a forked worker, opens it hours and refreshes later.
@@ -68,10 +71,19 @@ class View:
         self._catalogs.held = (os.getpid(), catalog)
         return catalog
 
-    def touch(self) -> None:
-        """Mark the dataset as used; at most once in TOUCH_SECONDS."""
-        self.touch_at = _now() + TOUCH_SECONDS
-        datasets.touch(self.config.home, self.dataset)
+    def tell(self) -> None:
+        """Tell what was found, and that the dataset is in use, once in TOUCH_SECONDS."""
+        now = _now()
+        self.due = now + hits.TELL_SECONDS
+        if self._pid == os.getpid():
+            found = self.found
+            if hits.add(self.config.home, found):
+                self.found -= found
+        else:  # forked: the parent tells what it had found
+            self._pid, self.found = os.getpid(), 0
+        if now > self._touch_at:
+            self._touch_at = now + TOUCH_SECONDS
+            datasets.touch(self.config.home, self.dataset)
 
 
 class Views:
@@ -112,8 +124,9 @@ class Views:
         found = self._reader.open(view.dataset, ref)
         if found is None:
             return None
-        if _now() > view.touch_at:
-            view.touch()
+        view.found += 1
+        if _now() > view.due:
+            view.tell()
         fd, info = found
         if self._prefix:
             return fd, info, f"{self._prefix}{view.dataset}/{ref[:2]}/{ref}"
@@ -133,5 +146,6 @@ class Views:
             root=record.root,
             snapshot=record.snapshot,
             local=self._local,
+            tenant=self.config.tenant,
         )
         return View(self.config, session, record)

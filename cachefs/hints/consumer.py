@@ -24,7 +24,7 @@ from msgspec import structs
 
 from cachefs.client.session import RETRY_FIRST, RETRY_LAST, LostFetcher, Session
 from cachefs.config import CacheConfig
-from cachefs.errors import CacheFSError, FetcherError
+from cachefs.errors import CacheFSError, FetcherError, PlanError
 from cachefs.hints.line import Line
 from cachefs.messages import Announce, Announced, Done, Plan, Withdraw
 from cachefs.plans import FRONTIER, IDS, INDICES, NAMES, PAGE, POSITION, shared_memory, write_names, write_order
@@ -148,11 +148,21 @@ class Consumer:
             for old in kept.parts:
                 old.count = min(old.count, part.at - old.at)
             kept.parts.append(part)
-            if kept.line is not None and kept.line.alive:
-                with contextlib.suppress(LostFetcher):
-                    self._tell(kept.line, part)
-                    return
-            self._tell_persisting(min(FIRST_SECONDS, self.config.deadline))
+            try:
+                self._tell_or_begin(part)
+            except PlanError:
+                # The next fetcher would refuse it too, and whatever comes after it.
+                kept.parts.remove(part)
+                os.close(part.fd)
+                raise
+
+    def _tell_or_begin(self, part: _Part) -> None:
+        line = self._kept.line
+        if line is not None and line.alive:
+            with contextlib.suppress(LostFetcher):
+                self._tell(line, part)
+                return
+        self._tell_persisting(min(FIRST_SECONDS, self.config.deadline))
 
     # --- how far it is ---
 

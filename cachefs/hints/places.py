@@ -76,7 +76,7 @@ def session_of(mount: Mount) -> tuple[CacheConfig, Session]:
     session = Session(
         spec.protocol, spec.options, environ, redacted=True, root=mount.root, snapshot=_snapshot_of(mount)
     )
-    return CacheConfig.make(mount.dirs), session
+    return CacheConfig.make(mount.dirs, tenant=""), session
 
 
 def _snapshot_of(mount: Mount) -> str:

@@ -143,6 +143,9 @@ class GcsOrigin(CloudOrigin):
             credential_provider=provider,
         )
 
+    def in_key_order(self, path: str) -> bool:
+        return True
+
 
 class AzureOrigin(CloudOrigin):
     def __init__(self, spec: OriginSpec) -> None:

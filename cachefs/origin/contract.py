@@ -51,6 +51,11 @@ class Origin(Protocol):
         """
         ...
 
+    def in_key_order(self, path: str) -> bool:
+        """Whether `list_all` gives names in the order of their bytes, and begins at any name without going through
+        those before it."""
+        ...
+
     async def check(self, path: str = "") -> None:
         """Whether the origin (and `path`, where given) answers with these credentials. Gives up early."""
         ...

@@ -83,6 +83,9 @@ class FsspecOrigin:
         for at in range(0, len(entries), PAGE):
             yield entries[at : at + PAGE]
 
+    def in_key_order(self, path: str) -> bool:
+        return False
+
     async def check(self, path: str = "") -> None:
         await self._run(path, lambda fs: self._info(fs, path), self._patience.brief())
 

@@ -76,6 +76,9 @@ class LocalOrigin:
         while page := await self._run(path, lambda: list(islice(files, PAGE)), attempts=1):
             yield [entry for entry in page if entry.path > after] if after else page
 
+    def in_key_order(self, path: str) -> bool:
+        return False
+
     async def check(self, path: str = "") -> None:
         if path:
             await self.head(path)

@@ -169,6 +169,9 @@ class ObjectOrigin:
         async for rest in self._fallback().list_all(path, after=last):
             yield rest
 
+    def in_key_order(self, path: str) -> bool:
+        return False
+
     async def check(self, path: str = "") -> None:
         import obstore
 

@@ -97,6 +97,9 @@ class S3Origin(ObjectOrigin):
         async for page in self._plain.list_all(path, after=after) if own else super().list_all(path, after=after):
             yield page
 
+    def in_key_order(self, path: str) -> bool:
+        return self._plain.in_key_order(path)
+
     async def check(self, path: str = "") -> None:
         await (self._plain.check(path) if self._ring.ours else super().check(path))
 

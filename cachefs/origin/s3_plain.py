@@ -87,6 +87,9 @@ class S3Plain:
             folders = [Entry(f"{bucket}/{name[:-1]}", 0, 0, "", directory=True) for name in page.prefixes]
             yield [*folders, *_less_marker(page.files, bucket, prefix)]
 
+    def in_key_order(self, path: str) -> bool:
+        return not path.partition("/")[0].endswith("--x-s3")  # directory buckets have no order
+
     async def list_all(self, path: str, *, after: str = "") -> AsyncIterator[list[Entry]]:
         if not path:
             for name in sorted(await self._buckets()):

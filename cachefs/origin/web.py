@@ -183,6 +183,9 @@ class WebPlain:
         found = await asyncio.gather(*(sized(url) for url in files))
         yield [entry for entries in found for entry in entries]
 
+    def in_key_order(self, path: str) -> bool:
+        return False
+
     async def list_all(self, path: str, *, after: str = "") -> AsyncIterator[list[Entry]]:
         async for entries in self.list_level(path):
             for entry in entries:

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 
 from cachefs.config import Floor
 from cachefs.digest import BLOCK_SIZE, KEY_BYTES, digest, key_of_blocks
-from cachefs.store.layout import Places, is_name
+from cachefs.store.layout import Places, is_blob_name, is_name
 
 Data = bytes | bytearray | memoryview
 
@@ -270,13 +270,21 @@ class Folder:
             name = os.getxattr(path, KEY_XATTR).decode("ascii", "replace")
         except OSError:
             return None
-        return name if is_name(name) else None
+        return name if is_blob_name(name) else None
 
     def key_at(self, path: str, info: os.stat_result) -> str | None:
         """The key (hex) of the blob that the ref at `path` (whose stat is `info`) is a link to, if it still is."""
-        name = self.recorded_name(path) or _content_name(path)
-        blob = self.stat_blob(name) if name else None
-        return name if blob is not None and blob.st_ino == info.st_ino else None
+        recorded = self.recorded_name(path)
+        for name in [recorded] if recorded else self._names_of(_content_name(path)):
+            blob = self.stat_blob(name)
+            if blob is not None and blob.st_ino == info.st_ino:
+                return name
+        return None
+
+    def _names_of(self, content: str) -> list[str]:
+        """Blobs, of whichever tenant, that have this content key."""
+        there = _scan(self.places.blobs + content[:2]) if content else ()
+        return [entry.name for entry in there if entry.name.startswith(content) and is_blob_name(entry.name)]
 
     # --- what there is ---
 
@@ -291,6 +299,12 @@ class Folder:
             for entry in _scan(folder.path):
                 if is_name(entry.name):
                     yield entry
+
+    def ref_folder(self, dataset: str, number: int) -> Iterator[os.DirEntry[str]]:
+        """Refs of a dataset whose names begin with this byte."""
+        for entry in _scan(f"{self.places.refs}{dataset}/{number:02x}"):
+            if is_name(entry.name):
+                yield entry
 
     def datasets(self) -> Iterator[str]:
         """Datasets that have a ref here."""

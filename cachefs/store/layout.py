@@ -1,7 +1,7 @@
 """What a cache directory looks like, known to its writer and its readers alike.
 
     cachefs.json              {"format": 1, "id": <32 hex>, "home": <id of the home>}
-    blobs/ab/<key>            content; <key> = 32 hex digits, ab = its first two
+    blobs/ab/<key>            content; <key> = 32 hex digits, ab = its first two; a tenant's has its tag after it
     blobs/ab/<key>.blocks     16-byte digests of its blocks, in order; only beside content larger than one block
     refs/<dataset>/ab/<ref>   hard link to a blob of the same directory
     parts/<ref>, <ref>.map    an incomplete large object (sparse) and which blocks of it are there (blockmap.py)
@@ -43,6 +43,7 @@ NO_SEAL = -1
 
 Link = tuple[str, str]
 _NAME = re.compile(r"[0-9a-f]{32}")
+_BLOB = re.compile(r"[0-9a-f]{32}([0-9a-f]{32})?")
 
 
 def seal_ns() -> int:
@@ -59,6 +60,11 @@ def seal_ns() -> int:
 def is_name(text: object) -> bool:
     """Whether `text` is 32 lower-case hex digits: the only names that this room takes to the disk."""
     return isinstance(text, str) and _NAME.fullmatch(text) is not None
+
+
+def is_blob_name(text: str) -> bool:
+    """Whether `text` is a content key, or a content key and a tenant's tag (digest.py), in hex."""
+    return _BLOB.fullmatch(text) is not None
 
 
 def checked_links(links: Iterable[Link]) -> list[Link]:

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 from cachefs.digest import BLOCK_SIZE, block_count, block_range, digest
 from cachefs.errors import CacheError, DamagedBlob
 from cachefs.store.blockmap import BlockMap
-from cachefs.store.folder import WORKING_MODE, Data, Folder, allocated, discard, key_of, remove, write_all
+from cachefs.store.folder import WORKING_MODE, Data, Folder, allocated, discard, key_of, write_all
 from cachefs.store.layout import checked_links
+from cachefs.store.ledger import charge
 
 if TYPE_CHECKING:
     from cachefs.store.writer import Store
@@ -33,16 +34,19 @@ class Part:
     the same block must not mix its bytes into the first one's.
     """
 
-    def __init__(self, store: Store, folder: Folder, ref: str, size: int) -> None:
-        """Raises OSError."""
+    def __init__(self, store: Store, folder: Folder, ref: str, size: int, owner: str) -> None:
+        """owner: the dataset that is charged, if the object is begun by this. Raises OSError."""
         self.ref = ref
         self.size = size
         self.folder = folder
         self.path = Path(folder.places.part(ref))
         self._store = store
         self._lock = threading.Lock()
-        self._fd, self._map = _open(folder, ref, size)
+        self._fd, self._map = _open(store, folder, ref, size, owner)
         self.closed = False
+        self._inode = os.fstat(self._fd).st_ino
+        self._held = bytearray(found is not None for found in self._map.digests)  # blocks that take room on the disk
+        self._held_bytes = sum(self._charge(block) for block, held in enumerate(self._held) if held)
 
     def __repr__(self) -> str:
         return f"Part({self.ref}, {self.size} bytes)"
@@ -63,9 +67,23 @@ class Part:
         return None not in self._map.digests
 
     @property
+    def key(self) -> bytes | None:
+        """The content key that it will have, by the digests of its blocks; None when not all are present."""
+        digests = [found for found in self._map.digests if found is not None]
+        return key_of(digests, self.size) if len(digests) == len(self._map.digests) else None
+
+    @property
+    def owner(self) -> str:
+        """The dataset that is charged for what is there; "" = nobody knows."""
+        return self._map.owner
+
+    @property
     def lost(self) -> bool:
         """Whether somebody removed its file: what is written to it has no name that a reader could open."""
-        return not self.closed and os.fstat(self._fd).st_nlink == 0
+        try:
+            return not self.closed and os.fstat(self._fd).st_nlink == 0
+        except OSError:  # closed by another thread just now
+            return False
 
     @property
     def missing(self) -> list[int]:
@@ -127,9 +145,14 @@ class Part:
             finally:
                 self.folder.set_seal(self._fd)
             self._map.record(block, found)
+            if not self._held[block]:
+                self._held[block] = 1
+                self._held_bytes += self._charge(block)
+                self._store.came(self._charge(block))
+            self._store.ledger.set_part(self.owner, self.folder, self._inode, self._held_bytes)
 
-    def finish(self, links: Iterable[tuple[str, str]] = ()) -> bytes:
-        """Make the complete object a blob with these refs; returns its key (16 bytes). The part is closed then.
+    def finish(self, links: Iterable[tuple[str, str]] = (), tag: bytes = b"") -> bytes:
+        """Make the complete object a blob with these refs; returns its key, as Store.put. The part is closed then.
 
         Raises DamagedBlob, and stays open, when a block is not there, or is of an earlier boot and does not match
         its digest: `missing` says what to fetch. After CacheFull or CacheError its bytes are gone.
@@ -141,13 +164,13 @@ class Part:
                 if not self._check(block, again=False):
                     raise DamagedBlob(f"{self.path}: block {block} is missing or damaged; it must be fetched again")
             digests = [found for found in self._map.digests if found is not None]
-            key = key_of(digests, self.size)
+            key = key_of(digests, self.size) + tag
             try:
                 if not self._store.link_intact(key, links):
                     self.folder.finish(self._fd, key.hex())
                     self._store.publish(self.folder, str(self.path), key, digests, links)
             finally:
-                self._remove()
+                self._store.came(-self._remove())
         return key
 
     def discard(self) -> int:
@@ -194,10 +217,13 @@ class Part:
         return False
 
     def _remove(self) -> int:
-        # Killed between the two, there are bytes without a map or a map without bytes: `_open` believes neither.
-        freed = remove(self.folder.places.map(self.ref)) + remove(self.folder.places.part(self.ref))
+        freed = self._store.ledger.remove_part(self.folder, self.ref, self._inode)
         self._close_files()
         return freed
+
+    def _charge(self, block: int) -> int:
+        start, stop = block_range(block, self.size)
+        return charge(stop - start)
 
     def _close_files(self) -> None:
         if not self.closed:
@@ -213,7 +239,7 @@ def _digest_at(fd: int, start: int, stop: int) -> bytes | None:
         return None  # a bad sector: the block is damaged, and fetched again
 
 
-def _open(folder: Folder, ref: str, size: int) -> tuple[int, BlockMap]:
+def _open(store: Store, folder: Folder, ref: str, size: int, owner: str) -> tuple[int, BlockMap]:
     """Bytes and map of a part: those on disk when they belong together and to an object of this size, else new ones."""
     path, map_path = folder.places.part(ref), folder.places.map(ref)
     with contextlib.ExitStack() as undo:
@@ -227,16 +253,16 @@ def _open(folder: Folder, ref: str, size: int) -> tuple[int, BlockMap]:
         if known:
             undo.pop_all()
             return fd, blocks
-    remove(path)  # not emptied: a reader may hold the old one
-    remove(map_path)
+    store.came(-store.ledger.remove_part(folder, ref))  # not emptied: a reader may hold the old one
     with contextlib.ExitStack() as undo:
         undo.callback(discard, path)
         undo.callback(discard, map_path)
         fd = _keep(undo, folder.create(path))
         os.ftruncate(fd, size)
-        blocks = BlockMap(_keep(undo, folder.create(map_path)), size, folder.seal)
+        blocks = BlockMap(_keep(undo, folder.create(map_path)), size, folder.seal, owner)
         folder.set_seal(fd)
         blocks.begin()
+        store.came(charge(1))  # the map
         undo.pop_all()
         return fd, blocks
 

@@ -9,6 +9,7 @@ fetcher finds out why, and heals it.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from cachefs.store.layout import Places, seal_ns
@@ -36,10 +37,13 @@ class Reader:
     def __repr__(self) -> str:
         return f"Reader({', '.join(map(str, self.dirs))})"
 
-    def open(self, dataset: str, ref: str) -> tuple[int, os.stat_result] | None:
+    def open(
+        self, dataset: str, ref: str, opener: Callable[[str, int], int] = _open
+    ) -> tuple[int, os.stat_result] | None:
         """(descriptor, its stat) of what `ref` names, owned by the caller; None = ask the fetcher.
 
         The descriptor stays good when the blob is evicted: the content lives until the last one is closed.
+        opener: how, given a path and flags.
         """
         # isalnum: cheaper than the pattern of hex digits, and enough, as no path leads out of a directory
         # without a dot or a slash.
@@ -47,7 +51,7 @@ class Reader:
             return None
         for prefix in self._prefixes:
             try:
-                fd = _open(f"{prefix}{dataset}/{ref[:2]}/{ref}", _READ)
+                fd = opener(f"{prefix}{dataset}/{ref[:2]}/{ref}", _READ)
             except OSError:
                 continue  # not here, or the directory is gone or failing: all the same to a reader
             try:

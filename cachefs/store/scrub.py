@@ -7,9 +7,10 @@ import os
 import threading
 from collections.abc import Callable
 
-from cachefs.digest import BLOCK_SIZE
-from cachefs.store.folder import Folder, digests_of, key_of, remove
-from cachefs.store.layout import is_name
+from cachefs.digest import BLOCK_SIZE, KEY_BYTES
+from cachefs.store.folder import Folder, allocated, digests_of, key_of, remove
+from cachefs.store.layout import is_blob_name
+from cachefs.store.ledger import Ledger
 
 
 def check_blob(folder: Folder, key: bytes) -> bool:
@@ -31,7 +32,7 @@ def check_blob(folder: Folder, key: bytes) -> bool:
         # check of the same blob (after a boot two readers want it at once) may have sealed it meanwhile.
         after = os.fstat(fd).st_mtime_ns
         untouched = after in (before.st_mtime_ns, folder.seal)
-        if digests is None or not untouched or key_of(digests, before.st_size) != key:
+        if digests is None or not untouched or key_of(digests, before.st_size) != key[:KEY_BYTES]:
             os.utime(fd)
             return False
         if after != folder.seal:
@@ -51,12 +52,12 @@ def _read(fd: int, size: int) -> list[bytes] | None:
         return None
 
 
-def sweep_folder(folder: Folder, lock: Callable[[bytes], threading.Lock]) -> int:
+def sweep_folder(folder: Folder, lock: Callable[[bytes], threading.Lock], ledger: Ledger) -> int:
     """Remove blobs without refs, .blocks without a blob, and refs that can never be served again. Bytes freed."""
     freed = 0
     for entry in folder.blob_entries():
         name = entry.name.removesuffix(".blocks")
-        if not is_name(name):
+        if not is_blob_name(name):
             continue
         with contextlib.suppress(FileNotFoundError):
             if name != entry.name:
@@ -70,8 +71,10 @@ def sweep_folder(folder: Folder, lock: Callable[[bytes], threading.Lock]) -> int
     for dataset in folder.datasets():
         for entry in folder.ref_entries(dataset):
             with contextlib.suppress(FileNotFoundError):
-                if _is_lost(folder, entry.path, entry.stat(follow_symlinks=False)):
-                    freed += remove(entry.path)
+                info = entry.stat(follow_symlinks=False)
+                if _is_lost(folder, entry.path, info):
+                    ledger.unlink(folder, dataset, entry.name)
+                    freed += allocated(info) if info.st_nlink == 1 else 0
     return freed
 
 

@@ -18,16 +18,19 @@ import contextlib
 import os
 import threading
 import weakref
+from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from cachefs.config import CacheConfig
-from cachefs.digest import BLOCK_SIZE, KEY_BYTES, digest
+from cachefs.digest import BLOCK_SIZE, KEY_BYTES, TAG_BYTES, digest
 from cachefs.errors import CacheError, CacheFull, CacheUnusable
+from cachefs.store.blockmap import held_blocks
 from cachefs.store.directories import Directories
 from cachefs.store.folder import Data, Folder, allocated, allocated_entry, key_of, remove
-from cachefs.store.layout import BOOT_ID, NO_SEAL, Link, checked_links, is_name, seal_ns
+from cachefs.store.layout import BOOT_ID, NO_SEAL, Link, checked_links, is_blob_name, is_name, seal_ns
+from cachefs.store.ledger import Book, Ledger, charge
 from cachefs.store.part import Part
 from cachefs.store.scrub import check_blob, sweep_folder
 
@@ -52,7 +55,9 @@ class Store:
         self.config = config
         self.seal = seal
         self.directories = directories
+        self.ledger = Ledger()
         self._locks = tuple(threading.Lock() for _ in range(_LOCKS))
+        self._arrivals: deque[int] = deque()
         self._opening = threading.Lock()  # of _parts, and of opening one
         self._parts: weakref.WeakValueDictionary[str, Part] = weakref.WeakValueDictionary()
 
@@ -86,8 +91,9 @@ class Store:
 
     # --- blobs ---
 
-    def put(self, data: Data, *, links: Iterable[Link] = ()) -> bytes:
-        """Store content and make the refs `links` name it, complete or not at all. Returns its key (16 bytes).
+    def put(self, data: Data, *, links: Iterable[Link] = (), tag: bytes = b"") -> bytes:
+        """Store content and make the refs `links` name it, complete or not at all. Returns its key: the content key
+        (16 bytes), followed by `tag`, a tenant's (digest.tenant_tag).
 
         A blob that no ref names may be removed by `sweep`. Raises CacheFull without room above the free-space
         floor, CacheError when no directory is left.
@@ -95,7 +101,7 @@ class Store:
         links = checked_links(links)
         view = memoryview(data)
         digests = [digest(view[i : i + BLOCK_SIZE]) for i in range(0, len(view), BLOCK_SIZE)]
-        key = key_of(digests, len(view))
+        key = key_of(digests, len(view)) + tag
         if self.link_intact(key, links):
             return key
         full: CacheFull | None = None
@@ -103,7 +109,8 @@ class Store:
             try:
                 with self.directories.guard(folder, "storing a blob"):
                     self.directories.require_room(folder, len(view))
-                    self.publish(folder, folder.write_tmp(key.hex(), view), key, digests, links)
+                    if self.publish(folder, folder.write_tmp(key.hex(), view), key, digests, links):
+                        self.came(charge(len(view)))
             except CacheFull as error:
                 full = error
             except CacheError:
@@ -127,13 +134,19 @@ class Store:
             with self._lock(key):
                 if folder.stat_blob(name) is None:
                     return False
-                before = [folder.attach(name, dataset, ref) for dataset, ref in links]
+                before = [self.ledger.attach(folder, name, dataset, ref) for dataset, ref in links]
             self._forget_replaced(folder, links, before)
         return True
 
     def has(self, key: bytes) -> bool:
         """Whether the blob is in a live directory, sealed or not."""
         return self._find(key) is not None
+
+    def sealed(self, key: bytes) -> bool:
+        """Whether the blob was published, or checked, since the machine started, and nobody wrote to it since."""
+        folder = self._find(key)
+        info = folder.stat_blob(key.hex()) if folder is not None else None
+        return info is not None and info.st_mtime_ns == self.seal
 
     def path(self, key: bytes) -> Path:
         """Where the blob is; for one that is nowhere, where it would be looked for first."""
@@ -184,10 +197,11 @@ class Store:
 
     # --- large objects ---
 
-    def part(self, ref: str, size: int) -> Part:
+    def part(self, ref: str, size: int, owner: str = "") -> Part:
         """Open or begin an incomplete object of `size` bytes. One Part per ref: threads that ask at once share it.
 
         ref: 32 hex digits that name origin, object and version (path and version alone may be two origins').
+        owner: the dataset that is charged for it, if it begins now.
         """
         checked_links([(ref, ref)])
         with self._opening:
@@ -196,9 +210,13 @@ class Store:
                 return part
             for folder in self._part_folders(ref, size):
                 with self.directories.tolerant(folder, "opening an incomplete object"):
-                    part = self._parts[ref] = Part(self, folder, ref, size)
+                    part = self._parts[ref] = Part(self, folder, ref, size, owner)
                     return part
         raise self.directories.nothing_left()
+
+    def has_part(self, ref: str) -> bool:
+        """Whether there is something of an incomplete object."""
+        return any(os.path.exists(folder.places.part(ref)) for folder in self.directories.live)
 
     def parts(self) -> Iterator[str]:
         """Refs of all incomplete objects."""
@@ -207,13 +225,20 @@ class Store:
                 names = {entry.name.removesuffix(".map") for entry in folder.part_entries()}
                 yield from filter(is_name, names)
 
+    def parts_of(self, dataset: str) -> Iterator[str]:
+        """Refs of the incomplete objects that a dataset began."""
+        for ref in self.parts():
+            for folder in self.directories.live:
+                if held_blocks(folder.places.map(ref), dataset):
+                    yield ref
+
     def discard_part(self, ref: str) -> int:
         """Remove an incomplete object that nobody has open. Bytes freed on disk."""
         checked_links([(ref, ref)])
         freed = 0
         for folder in self.directories.live:
             with self.directories.tolerant(folder, "removing an incomplete object"):
-                freed += remove(folder.places.map(ref)) + remove(folder.places.part(ref))
+                freed += self.ledger.remove_part(folder, ref)
         return freed
 
     # --- what there is ---
@@ -225,16 +250,25 @@ class Store:
             with self.directories.tolerant(folder, "counting blobs"):
                 for entry in folder.blob_entries():
                     size += allocated_entry(entry)
-                    blobs += len(entry.name) == 2 * KEY_BYTES  # and not .blocks
+                    blobs += is_blob_name(entry.name)  # and not .blocks
                 size += sum(map(allocated_entry, folder.part_entries()))
         return Usage(size, blobs)
+
+    def arrived(self) -> int:
+        """Bytes that putting, linking and completing brought onto the disk since the last call, less what they
+        replaced there: nothing for content that was there already. What other methods free they return."""
+        total = 0
+        with contextlib.suppress(IndexError):
+            while True:
+                total += self._arrivals.popleft()
+        return total
 
     def keys(self) -> Iterator[bytes]:
         """All blobs, streaming. What comes or goes meanwhile may be among them or not."""
         for folder in self.directories.live:
             with self.directories.tolerant(folder, "listing blobs"):
                 for entry in folder.blob_entries():
-                    if is_name(entry.name):
+                    if is_blob_name(entry.name):
                         yield bytes.fromhex(entry.name)
 
     def refs(self, dataset: str) -> Iterator[str]:
@@ -255,6 +289,21 @@ class Store:
                         seen.add(dataset)
                         yield dataset
 
+    def open_book(self, dataset: str) -> Book:
+        """The book of a dataset, which is charged from now on and counted before this returns; see ledger.py."""
+        book = self.ledger.open(dataset)
+        if not book.counted:
+            for lock in self._locks:  # whoever changes a ref without having seen the book has done so after this
+                with lock:
+                    pass
+            book.count(self.directories.live, dataset)
+        return book
+
+    def holds(self, book: Book, file: str, info: os.stat_result) -> bool:
+        """Whether another ref to the blob at `file` costs the dataset of the book nothing."""
+        folder = next((f for f in self.directories.live if file.startswith(f.places.blobs)), None)
+        return folder is not None and book.holds(folder, info.st_ino)
+
     def sweep(self) -> int:
         """Remove what no one can reach: blobs without refs, refs whose blob was dropped, stray files. Bytes freed.
 
@@ -264,13 +313,17 @@ class Store:
         freed = 0
         for folder in self.directories.live:
             with self.directories.tolerant(folder, "sweeping"):
-                freed += sweep_folder(folder, self._lock)
+                freed += sweep_folder(folder, self._lock, self.ledger)
         return freed
 
     # --- for the rest of the room ---
 
-    def publish(self, folder: Folder, source: str, key: bytes, digests: list[bytes], links: list[Link]) -> None:
+    def came(self, count: int) -> None:
+        self._arrivals.append(count)
+
+    def publish(self, folder: Folder, source: str, key: bytes, digests: list[bytes], links: list[Link]) -> bool:
         """Move the sealed file `source` of `folder` to its place, unless another thread was faster; link its refs.
+        Whether it was moved: then its bytes came, or had come before.
 
         Raises OSError, and then `source` is gone and no ref was made.
         """
@@ -282,7 +335,7 @@ class Store:
             try:
                 info = folder.stat_blob(name)
                 if info is not None and info.st_mtime_ns != self.seal:
-                    folder.remove_blob(name, info)  # damaged since `link_intact` looked
+                    self.came(-folder.remove_blob(name, info))  # damaged since `link_intact` looked
                     info = None
                 if info is None:
                     folder.publish(source, name, digests)
@@ -290,7 +343,7 @@ class Store:
                 else:
                     os.unlink(source)
                 for dataset, ref in links:
-                    before.append(folder.attach(name, dataset, ref))
+                    before.append(self.ledger.attach(folder, name, dataset, ref))
                     attached.append((dataset, ref))
             except BaseException:
                 # Not at all, then: no bytes stay that the caller believes are not there. The failure above is the
@@ -298,12 +351,15 @@ class Store:
                 with contextlib.suppress(OSError):
                     if fresh:
                         for dataset, ref in attached:
-                            os.unlink(folder.places.ref(dataset, ref))
+                            self.ledger.unlink(folder, dataset, ref)
                         folder.remove_unheld(name)
                     else:
                         remove(source)
                 raise
+        if fresh and len(digests) > 1:
+            self.came(charge(KEY_BYTES * len(digests)))
         self._forget_replaced(folder, links, before)
+        return fresh
 
     def link_intact(self, key: bytes, links: list[Link]) -> bool:
         """Link to the blob if it is there and may be served; one from before the boot is checked first.
@@ -317,7 +373,7 @@ class Store:
             info = folder.stat_blob(key.hex())
             if info is not None and (info.st_mtime_ns == self.seal or check_blob(folder, key)):
                 return self.link(key, links)
-        self.drop(key)
+        self.came(-self.drop(key))
         return False
 
     def _lock(self, key: bytes) -> threading.Lock:
@@ -346,12 +402,12 @@ class Store:
         """The blobs that these refs named before: dropped where they are held by no other ref."""
         for old in filter(None, before):
             with self._lock(bytes.fromhex(old)):
-                folder.remove_unheld(old)
+                self.came(-folder.remove_unheld(old))
         for other in self.directories.live:
             if other is not folder:
                 # A reader that looks between the two finds the old content or the new, in one case neither: a miss.
                 for dataset, ref in links:
-                    self._unlink_in(other, dataset, ref)
+                    self.came(-self._unlink_in(other, dataset, ref))
 
     def _unlink_in(self, folder: Folder, dataset: str, ref: str) -> int:
         path = folder.places.ref(dataset, ref)
@@ -362,17 +418,18 @@ class Store:
                 if name is None:
                     # A content of its own: its blob was dropped, or had too many links. Should another thread
                     # make it a ref of another blob just now, that ref is unlinked: a miss, and work for `sweep`.
-                    os.unlink(path)
+                    with self._locks[0]:  # for `open_book`
+                        self.ledger.unlink(folder, dataset, ref)
                     return allocated(info) if info.st_nlink == 1 else 0
                 with self._lock(bytes.fromhex(name)):
                     if os.stat(path).st_ino != info.st_ino:
                         continue  # replaced between the look and the lock: look again
-                    os.unlink(path)
+                    self.ledger.unlink(folder, dataset, ref)
                     return folder.remove_unheld(name)
         return 0
 
 
 def _name(key: bytes) -> str:
-    if len(key) != KEY_BYTES:
-        raise CacheError(f"a key has {KEY_BYTES} bytes, not {len(key)}")
+    if len(key) not in (KEY_BYTES, KEY_BYTES + TAG_BYTES):
+        raise CacheError(f"a key has {KEY_BYTES} bytes, or {TAG_BYTES} more for a tenant, not {len(key)}")
     return key.hex()

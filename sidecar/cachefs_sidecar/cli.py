@@ -26,6 +26,7 @@ from cachefs.cli.options import (
     OriginArgument,
     OriginOptionOption,
     SizeOption,
+    TenantOption,
 )
 from cachefs.cli.output import complain, count, progress_bar, say, say_json
 from cachefs.cli.target import Target, open_catalog, target_of
@@ -63,6 +64,7 @@ def mount(
     size: SizeOption = None,
     min_free: MinFreeOption = None,
     origin_option: OriginOptionOption = None,
+    tenant: TenantOption = None,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -112,7 +114,7 @@ def mount(
     from cachefs_sidecar import mounts
     from cachefs_sidecar.registry import MountSettings
 
-    target = target_of(origin, origin_option, cache_dir, size, min_free)
+    target = target_of(origin, origin_option, cache_dir, size, min_free, tenant=tenant)
     path = mounts.resolve(mountpoint)
     _require_fuse()
     _require_apart(path, target)
@@ -283,10 +285,11 @@ class _Mounts:
     def at(self, mountpoint: str) -> Mount | None:
         if "://" in mountpoint:
             return None
+        from cachefs.mountinfo import mounted_at
         from cachefs_sidecar import mounts, registry
 
         path = mounts.resolve(mountpoint)
-        present = mounts.mounted_at(path)
+        present = mounted_at(path)
         info = registry.load(path)
         return _as_mount(info) if info is not None and present is not None and present.fstype == mounts.FSTYPE else None
 
@@ -310,6 +313,7 @@ def _as_mount(info: MountInfo) -> Mount:
         dirs=info.dirs,
         alive=info.alive,
         redacted=dict(info.notes),
+        catalog=info.catalog,
     )
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from cachefs.catalog import Catalog
 from cachefs.errors import MountError
+from cachefs.mountinfo import mounted_at
 from cachefs_sidecar import mounts, registry
 from cachefs_sidecar.device import branches
 from cachefs_sidecar.fuse import modes
@@ -66,7 +67,7 @@ def mount(settings: MountSettings, *, resend: bool = True) -> Connection:
             agreement = replace(agreement, flags=agreement.flags & ~Init.HAS_RESEND)
         if not mounts.raise_read_ahead(point):
             log.info("the kernel reads at most 128 KiB ahead; only root may raise that")
-        present = mounts.mounted_at(point)
+        present = mounted_at(point)
         if present is None:
             raise MountError(f"{point}: was unmounted as soon as it was mounted")
         devices, shared = branches(fd, settings.worker_count())

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cachefs.errors import MountError, from_wire
+from cachefs.mountinfo import mounted_at
 from cachefs_sidecar import mounts, registry, rescue
 from cachefs_sidecar.fuse.modes import OPEN_FREE
 from cachefs_sidecar.launching import Installation, launch, this_installation
@@ -134,7 +135,7 @@ def stop_mount(mountpoint: str | os.PathLike[str], *, lazy: bool = False, timeou
     Raises MountError: not a cachefs mount; in use (by whom); still ending after `timeout` seconds.
     """
     path = mounts.resolve(mountpoint)
-    present = mounts.mounted_at(path)
+    present = mounted_at(path)
     info = registry.load(path)
     if present is None:
         if info is not None and info.alive:

@@ -1,7 +1,6 @@
 """Mount points: looking at them, mounting, unmounting.
 
-Root mounts with mount(2); anybody else through `fusermount3`, which is setuid root and hands back the descriptor. What
-is mounted where is read from /proc/self/mountinfo and never asked of a mount itself, which may hang or be dead.
+Root mounts with mount(2); anybody else through `fusermount3`, which is setuid root and hands back the descriptor.
 """
 
 from __future__ import annotations
@@ -9,15 +8,14 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import re
 import shutil
 import socket
 import subprocess
 import threading
 from pathlib import Path
-from typing import NamedTuple
 
 from cachefs.errors import MountError
+from cachefs.mountinfo import mounted_at
 from cachefs_sidecar.device import DEVICE
 
 FSTYPE = "fuse.cachefs"
@@ -39,54 +37,10 @@ ANSWER_SECONDS = 2.0
 READ_AHEAD_KIB = 2048
 
 
-class Mounted(NamedTuple):
-    """One line of mountinfo."""
-
-    device: str
-    root: str
-    mountpoint: str
-    fstype: str
-    source: str
-    options: str
-
-
-def mounts() -> list[Mounted]:
-    """All mounts of this mount namespace; where several lie on one another, the topmost comes last."""
-    found = []
-    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
-        before, _, after = line.partition(" - ")
-        fields, tail = before.split(" "), after.split(" ")
-        if len(fields) < 6 or len(tail) < 2:
-            continue
-        names = [_unescape(text) for text in (fields[3], fields[4], tail[0], tail[1])]
-        found.append(Mounted(fields[2], names[0], names[1], names[2], names[3], fields[5]))
-    return found
-
-
-def _unescape(text: str) -> str:
-    r"""mountinfo writes space, tab, newline and backslash as \040, \011, \012 and \134."""
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
-
-
-def mounted_at(mountpoint: Path) -> Mounted | None:
-    """What is mounted exactly there, topmost. The path is taken as it is: absolute, without links."""
-    for mount in reversed(mounts()):
-        if mount.mountpoint == str(mountpoint):
-            return mount
-    return None
-
-
 def is_device(mountpoint: Path, device: str) -> bool:
     """Whether that very mount is the topmost there: the same place may have been mounted again."""
     present = mounted_at(mountpoint)
     return present is not None and present.device == device
-
-
-def file_system_of(path: Path) -> str:
-    """Type of the file system that a path is on: "ext4", "overlay", ..."""
-    real = Path(os.path.realpath(path))
-    below = [m for m in mounts() if real == Path(m.mountpoint) or Path(m.mountpoint) in real.parents]
-    return max(below, key=lambda m: len(Path(m.mountpoint).parts)).fstype if below else ""
 
 
 def resolve(mountpoint: str | os.PathLike[str]) -> Path:

@@ -20,6 +20,7 @@ from typing import Any
 
 import msgspec
 
+from cachefs import mountinfo
 from cachefs.client.session import Session
 from cachefs.config import CacheConfig, Floor
 from cachefs.errors import ConfigError, MountError
@@ -76,6 +77,7 @@ def encode_settings(settings: MountSettings) -> bytes:
             "idle": cache.idle,
             "deadline": cache.deadline,
             "fetcher": cache.fetcher,
+            "tenant": cache.tenant,
         },
         "session": {
             "protocol": session.protocol,
@@ -84,6 +86,7 @@ def encode_settings(settings: MountSettings) -> bytes:
             "redacted": session.redacted,
             "root": session.root,
             "snapshot": session.snapshot,
+            **({"tenant": session.tenant} if session.tenant else {}),
         },
         "origin": settings.origin,
         "workers": settings.workers,
@@ -114,6 +117,7 @@ def decode_settings(data: bytes) -> MountSettings:
             idle=cache["idle"],
             deadline=cache["deadline"],
             fetcher=cache["fetcher"],
+            tenant=cache.get("tenant", ""),
         )
         # What a keeper of an older version does not know is left out, and has its default here.
         optional = ("workers", "allow_other", "uid", "gid", "notes", "io")
@@ -278,7 +282,7 @@ def _read(file: Path) -> MountInfo | None:
 def list_mounts() -> list[MountInfo]:
     """The mounts of this user, by mount point. What a killed keeper left behind is removed, unless its mount lives."""
     found = []
-    mounted = {m.mountpoint for m in mounts.mounts() if m.fstype == mounts.FSTYPE}
+    mounted = {m.mountpoint for m in mountinfo.mounts() if m.fstype == mounts.FSTYPE}
     for file in sorted(folder().glob("*.json")):
         info = _read(file)
         if info is None:

@@ -67,11 +67,12 @@ def _all() -> list[MountInfo]:
 
 def _at(mountpoint: str) -> MountInfo:
     """Raises MountError when no mount of ours is there."""
+    from cachefs.mountinfo import mounted_at
     from cachefs_sidecar import mounts, registry
 
     path = mounts.resolve(mountpoint)
     info = registry.load(path)
-    present = mounts.mounted_at(path)
+    present = mounted_at(path)
     if present is None or present.fstype != mounts.FSTYPE:
         raise MountError(f"{path}: no mount of cachefs is there (`cachefs status` lists them)")
     if info is None:

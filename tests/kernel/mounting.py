@@ -126,7 +126,7 @@ def version(file: Path) -> str:
     return f"{info.st_mtime_ns}-{info.st_size}"
 
 
-def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
+def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it never came true"

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from cachefs.errors import MountError
-from cachefs_sidecar import mounts
+from cachefs.mountinfo import mounted_at
 from cachefs_sidecar.control import list_mounts, mount_status, restart_mount, start_mount, stop_mount
 from cachefs_sidecar.registry import MountInfo
 from tests.kernel.mounting import Dataset, until
@@ -39,7 +39,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Dataset]:
     dataset.snapshot()
     yield dataset
     (tmp_path / "gate").touch()
-    if mounts.mounted_at(dataset.mountpoint):
+    if mounted_at(dataset.mountpoint):
         stop_mount(dataset.mountpoint)
 
 

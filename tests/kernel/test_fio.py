@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cachefs_sidecar import mounts
+from cachefs.mountinfo import mounted_at
 from cachefs_sidecar.control import start_mount, stop_mount
 from tests.kernel.mounting import Dataset
 
@@ -49,7 +49,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Dataset]:
     monkeypatch.setenv("CACHEFS_RUNTIME_DIR", str(tmp_path / "runtime"))
     dataset = Dataset(tmp_path)
     yield dataset
-    if mounts.mounted_at(dataset.mountpoint):
+    if mounted_at(dataset.mountpoint):
         stop_mount(dataset.mountpoint)
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from cachefs.digest import BLOCK_SIZE, version_ref
+from cachefs.mountinfo import mounted_at
 from cachefs.store.layout import Places, seal_ns
-from cachefs_sidecar import mounts
 from cachefs_sidecar.control import start_mount, stop_mount
 from tests.command_line import s3, script
 from tests.kernel.mounting import Dataset, version
@@ -56,7 +56,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Dataset]:
     write_huge(dataset.plain / "huge.bin")
     dataset.snapshot()
     yield dataset
-    if mounts.mounted_at(dataset.mountpoint):
+    if mounted_at(dataset.mountpoint):
         stop_mount(dataset.mountpoint)
 
 

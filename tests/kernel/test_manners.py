@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from cachefs_sidecar import mounts
+from cachefs.mountinfo import mounted_at
 from cachefs_sidecar.control import list_mounts, mount_status, stop_mount
 from cachefs_sidecar.registry import MountInfo
 from tests.command_line import credentials, s3, script
@@ -25,7 +25,7 @@ from tests.machine import ThrottledBucket
 pytestmark = pytest.mark.needs_fuse
 
 # An end "at once" on a machine that does other things too.
-AT_ONCE = 10.0
+AT_ONCE = 20.0
 
 IMAGES = {f"images/{number:03d}.jpg": os.urandom(20_000 + 991 * number) for number in range(40)}
 
@@ -153,7 +153,7 @@ def disk_that_can_hang(data: Dataset, folder: Path) -> Iterator[list[int]]:
 
 def _unmounted(disk: Dataset) -> bool:
     stop_mount(disk.mountpoint, lazy=True)
-    return mounts.mounted_at(disk.mountpoint) is None
+    return mounted_at(disk.mountpoint) is None
 
 
 @pytest.mark.needs_root

@@ -19,6 +19,7 @@ import pytest
 
 from cachefs.client.session import Session
 from cachefs.errors import CatalogError, ConfigError, MountError
+from cachefs.mountinfo import mounted_at
 from cachefs_sidecar import mounts
 from cachefs_sidecar.control import (
     list_mounts,
@@ -52,7 +53,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Dataset]:
     dataset.write(FILES)
     dataset.snapshot()
     yield dataset
-    if mounts.mounted_at(dataset.mountpoint):
+    if mounted_at(dataset.mountpoint):
         stop_mount(dataset.mountpoint)
 
 
@@ -251,7 +252,7 @@ def test_a_damaged_catalog_is_said_and_nothing_is_mounted(data: Dataset, tmp_pat
     (tmp_path / "bad").write_bytes(b"?" * 5000)
     with pytest.raises(CatalogError):
         start_mount(data.settings(catalog=tmp_path / "bad"))
-    assert mounts.mounted_at(data.mountpoint) is None
+    assert mounted_at(data.mountpoint) is None
     settings = data.settings(session=Session("file", {"x": object()}, {}))
     with pytest.raises(ConfigError, match="cannot be passed"):
         start_mount(settings)
@@ -318,7 +319,7 @@ def test_sigterm_unmounts_and_open_files_go_on(data: Dataset) -> None:
     info = start_mount(data.settings())
     with open(data.mountpoint / "a.jpg", "rb", buffering=0) as file:
         os.kill(info.pid, signal.SIGTERM)
-        until(lambda: mounts.mounted_at(data.mountpoint) is None)
+        until(lambda: mounted_at(data.mountpoint) is None)
         assert file.read() == FILES["a.jpg"]
         assert info.alive
     until(lambda: not info.alive)
@@ -375,7 +376,7 @@ def test_foreground_ends_with_ctrl_c(data: Dataset) -> None:
     assert (data.mountpoint / "a.jpg").read_bytes() == FILES["a.jpg"]
     keeper.send_signal(signal.SIGINT)
     assert keeper.wait(10) == 0
-    assert mounts.mounted_at(data.mountpoint) is None
+    assert mounted_at(data.mountpoint) is None
 
 
 # --- without privilege ------------------------------------------------------------------------------------------

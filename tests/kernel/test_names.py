@@ -17,7 +17,7 @@ import pytest
 from bench.machine import pss_bytes
 from cachefs.catalog import Builder, Catalog
 from cachefs.messages import Entry
-from cachefs_sidecar import mounts
+from cachefs.mountinfo import mounted_at
 from cachefs_sidecar.control import list_mounts, mount_status, refresh_mount, start_mount, stop_mount
 from tests.kernel.mounting import Dataset, until
 
@@ -34,7 +34,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Dataset]:
     monkeypatch.setenv("CACHEFS_RUNTIME_DIR", str(tmp_path / "runtime"))
     dataset = Dataset(tmp_path)
     yield dataset
-    if mounts.mounted_at(dataset.mountpoint):
+    if mounted_at(dataset.mountpoint):
         stop_mount(dataset.mountpoint)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cachefs_sidecar import mounts
+from cachefs.mountinfo import mounted_at
 from cachefs_sidecar.control import start_mount, stop_mount
 from cachefs_sidecar.fuse import settling, worker
 from cachefs_sidecar.fuse.reply import PAGE, Reply
@@ -34,7 +34,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Dataset]:
     if not knows_pages(dataset.plain / "large.bin"):
         pytest.skip("this kernel has no cachestat(2) (Linux 6.5)")
     yield dataset
-    if mounts.mounted_at(dataset.mountpoint):
+    if mounted_at(dataset.mountpoint):
         stop_mount(dataset.mountpoint)
 
 

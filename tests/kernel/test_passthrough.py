@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 
 from cachefs.digest import content_key, version_ref
-from cachefs_sidecar import mounts
+from cachefs.mountinfo import mounted_at
 from cachefs_sidecar.control import list_mounts, mount_status, start_mount, stop_mount
 from cachefs_sidecar.fuse import modes, passthrough
 from cachefs_sidecar.registry import MountInfo
@@ -47,7 +47,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Dataset]:
     dataset.write({"cold.bin": COLD}, cached=False)
     dataset.snapshot()
     yield dataset
-    if mounts.mounted_at(dataset.mountpoint):
+    if mounted_at(dataset.mountpoint):
         stop_mount(dataset.mountpoint)
 
 

@@ -24,7 +24,7 @@ import pytest
 from PIL import Image
 
 from cachefs.digest import BLOCK_SIZE
-from cachefs_sidecar import mounts
+from cachefs.mountinfo import mounted_at
 from cachefs_sidecar.control import start_mount, stop_mount
 from tests.kernel.mounting import Dataset
 
@@ -102,7 +102,7 @@ def data(
         stop_mount(dataset.mountpoint)
         pytest.skip(info.io_why)
     yield dataset
-    if mounts.mounted_at(dataset.mountpoint):
+    if mounted_at(dataset.mountpoint):
         stop_mount(dataset.mountpoint)
 
 

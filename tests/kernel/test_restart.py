@@ -17,6 +17,7 @@ import pytest
 
 from cachefs.client.session import Session
 from cachefs.errors import MountError
+from cachefs.mountinfo import mounted_at
 from cachefs_sidecar import mounts, registry
 from cachefs_sidecar.control import (
     list_mounts,
@@ -52,7 +53,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Dataset]:
     dataset.snapshot()
     yield dataset
     (tmp_path / "gate").touch()
-    if mounts.mounted_at(dataset.mountpoint):
+    if mounted_at(dataset.mountpoint):
         stop_mount(dataset.mountpoint)
     stop_fetcher(dataset.config.home)
 
@@ -86,7 +87,7 @@ def serving(info: MountInfo) -> set[int]:
 
 def test_open_files_and_the_mount_stay_and_every_process_is_another(data: Dataset) -> None:
     info = start_mount(data.settings())
-    before = mounts.mounted_at(data.mountpoint)
+    before = mounted_at(data.mountpoint)
     old = {info.pid, *workers(info)}
     read_all(data)
     fetcher = fetcher_pid(data.config.home)
@@ -99,7 +100,7 @@ def test_open_files_and_the_mount_stay_and_every_process_is_another(data: Datase
     (new,) = list_mounts()
     assert done["mounts"] == [{"mountpoint": str(data.mountpoint), "pid": new.pid, "workers": new.workers}]
     assert done["fetchers"] == [{"cache": str(data.config.home), "pid": fetcher}]
-    assert mounts.mounted_at(data.mountpoint) == before
+    assert mounted_at(data.mountpoint) == before
     until(lambda: not any(registry.start_ticks(pid) for pid in old))
     assert not old & {new.pid, *workers(new)}
     assert fetcher_pid(data.config.home) != fetcher
@@ -235,7 +236,7 @@ def test_in_the_foreground_the_process_stays_and_passes_signals_on(data: Dataset
     mounted.terminate()
     assert mounted.wait(10) == 0
     mounted.stdout.close()
-    assert mounts.mounted_at(data.mountpoint) is None
+    assert mounted_at(data.mountpoint) is None
     until(lambda: list_mounts() == [])
 
 

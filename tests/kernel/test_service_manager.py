@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from cachefs.mountinfo import mounted_at
 from cachefs_sidecar import mounts, registry, rescue
 from cachefs_sidecar.control import list_mounts, mount_status, restart_mount
 from cachefs_sidecar.registry import MountInfo
@@ -70,7 +71,7 @@ def unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Unit]:
         made.manager.start()
         yield made
     finally:
-        present = mounts.mounted_at(made.mountpoint)
+        present = mounted_at(made.mountpoint)
         if present is not None:
             mounts.unmount(made.mountpoint, lazy=True)  # asks nobody: a test that failed may have left nobody
         made.manager.close()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from cachefs_sidecar import mounts
+from cachefs.mountinfo import mounted_at
 from cachefs_sidecar.control import restart_mount, start_mount, stop_mount
 from cachefs_sidecar.testbed import stop_fetcher
 from cachefs_sidecar.testbed.storm import Killer, Readers
@@ -43,7 +43,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Dataset]:
     dataset.write({"large.bin": dice.randbytes(30_000_000)}, cached=False)
     dataset.snapshot()
     yield dataset
-    if mounts.mounted_at(dataset.mountpoint):
+    if mounted_at(dataset.mountpoint):
         stop_mount(dataset.mountpoint)
     stop_fetcher(dataset.config.home)
 

@@ -49,6 +49,7 @@ class Pace:
         self._direction = _UP
         self._errors = 0
         self._quickest = float("inf")
+        self._idled = False
         self._begin(now)
 
     def done(self, now: float, size: int, seconds: float, flying: int) -> None:
@@ -65,9 +66,18 @@ class Pace:
             self.rate = self._bytes / passed
             # Forgotten by and by: the way to the origin may have become longer.
             self._quickest = min(self._quickest * 1.01, mean)
-            if self._bound >= 0.8 * self._count:  # else the limit was not what held us up, and nothing is learnt
+            # Else the limit was not what held us up, and nothing is learnt.
+            if self._bound >= 0.8 * self._count and not self._starved:
+                if self._idled:
+                    self._idled, self._before, self._rest, self._direction = False, 0, 0, _UP
                 self._judge()
             self._begin(now + mean)
+
+    def starved(self) -> None:
+        """Fewer are in flight than may be: nothing else is wanted. How fast it comes is then for the consumers to say,
+        not for us, and with fewer at once it would seem to come as fast. When more is wanted again, more are tried at
+        once: then somebody is behind."""
+        self._starved = self._idled = True
 
     def failed(self, now: float) -> None:
         """The origin failed: half as many, and after several in a row none for a while."""
@@ -84,6 +94,7 @@ class Pace:
         self._began = now
         self._bytes = self._count = self._bound = 0
         self._latency = 0.0
+        self._starved = False
 
     def _judge(self) -> None:
         if not self._before:

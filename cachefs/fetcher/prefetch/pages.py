@@ -5,15 +5,23 @@ consumer will open, through its mount (a mount has pages of its own; the fetcher
 itself) or the blob. A file whose pages are there costs four system calls; where that is so for many in a row, only
 some are looked at. It happens in threads, because opening a file that is cold, or on a mount that hangs, takes its
 time; they are left behind when the fetcher ends.
+
+What the kernel reads ahead it does not report. So one file in some is read to its end, by us, and how long that took
+since it was asked for tells whether the disk keeps up.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import queue
+import stat
 import threading
+import time
+
+from cachefs.fetcher.prefetch.spot import SpotCheck
 
 # Two hide the time that the disk takes to find a file; more would only take the interpreter from one another.
 THREADS = 2
@@ -29,24 +37,49 @@ PIECE = 128 * 1024
 MOST_BYTES = 8 * 1024 * 1024
 
 
-class Sampling:
-    """Which files are worth a look: all, until so many in a row had their pages; then one in `EVERY`."""
+# Of the files that are cold, one in so many is timed.
+TIMED = 16
+
+# How long what was timed tells something of the disk: the consumer may have moved on to what is in memory.
+RECENT_SECONDS = 5.0
+
+
+class Sampling(SpotCheck):
+    """Which files are worth a look, for those in memory are not; and how long the disk takes for the others."""
 
     IN_A_ROW, EVERY = 256, 16
 
     def __init__(self) -> None:
+        super().__init__(self.IN_A_ROW, self.EVERY)
         self.over = False  # its consumer has left: what it still has in the queue is not opened any more
-        self._there = 0
-        self._skipped = 0
+        self._cold = 0
+        self._asked = 0.0  # when the file that is being timed was asked for; 0.0: none is
+        self._took = self._took_at = 0.0
 
-    def worth(self) -> bool:
-        if self._there < self.IN_A_ROW:
-            return True
-        self._skipped = (self._skipped + 1) % self.EVERY
-        return not self._skipped
+    def found(self, right: bool) -> None:
+        """right: its pages were there."""
+        super().found(right)
+        self._cold += not right
 
-    def found(self, there: bool) -> None:
-        self._there = self._there + 1 if there else 0
+    def timed(self, asked: float) -> bool:
+        """Whether the next file, which was asked for then, is to be timed if it is cold. The first cold one is."""
+        if self._cold % TIMED or self._asked:
+            return False
+        self._asked = asked
+        return True
+
+    def done(self, now: float, *, cold: bool) -> None:
+        """The file that is timed is in memory, or will not be."""
+        if cold:
+            took = now - self._asked
+            self._took = (self._took + took) / 2 if now - self._took_at < RECENT_SECONDS else took
+            self._took_at = now
+        self._asked = 0.0
+
+    def seconds(self, now: float) -> float:
+        """From when a cold file was asked for until it was in memory, lately; 0.0 where none was cold."""
+        took = self._took if now - self._took_at < RECENT_SECONDS else 0.0
+        return max(took, now - self._asked) if self._asked else took
 
 
 class _Range(ctypes.Structure):
@@ -72,15 +105,25 @@ def pages_present(fd: int, size: int) -> bool:
     return bool(cached.cache >= -(-size // mmap.PAGESIZE))
 
 
-def read_ahead(path: str) -> bool:
-    """Have the kernel read a file; whether it was there. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+def read_ahead(path: str, *, wait: bool = False) -> bool:
+    """Have the kernel read a file; whether it was there. wait: until it is.
+
+    The path is a consumer's word: what is there may be no file at all. Raises OSError, ValueError (a NUL in it).
+    """
+    info = os.stat(path)
+    if not stat.S_ISREG(info.st_mode):
+        raise OSError(errno.EINVAL, "not a file")
+    # O_NONBLOCK: a fifo put in its place meanwhile would hold this thread for ever.
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        size = min(os.fstat(fd).st_size, MOST_BYTES)
+        size = min(info.st_size, MOST_BYTES)
         if pages_present(fd, size):
             return True
         for at in range(0, size, PIECE):
             os.posix_fadvise(fd, at, min(PIECE, size - at), os.POSIX_FADV_WILLNEED)
+        if wait:
+            for at in range(0, size, PIECE):
+                os.pread(fd, min(PIECE, size - at), at)
         return False
     finally:
         os.close(fd)
@@ -90,33 +133,42 @@ class Pages:
     """Takes the names of files from the fetcher's loop."""
 
     def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[tuple[str, Sampling]] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[str, Sampling, float]] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
 
     def bring(self, path: str, sampling: Sampling) -> None:
-        """sampling: the consumer's; told whether the pages were there."""
+        """sampling: the consumer's; told whether the pages were there, and of some how long it took."""
         if self._queue.qsize() > MOST_WAITING:
             return
         if not self._threads:
             # Daemons: one that waits for a mount that hangs must not keep the fetcher from ending.
-            self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(THREADS)]
+            self._threads = [
+                threading.Thread(target=self._work, name="cachefs-pages", daemon=True) for _ in range(THREADS)
+            ]
             for thread in self._threads:
                 thread.start()
-        self._queue.put((path, sampling))
+        self._queue.put((path, sampling, time.monotonic()))
 
     def _work(self) -> None:
         while True:
-            path, sampling = self._queue.get()
+            path, sampling, asked = self._queue.get()
             if not path:
                 return
-            if sampling.over:
-                continue
-            try:
-                there = read_ahead(path)
-            except OSError:
-                continue  # not on the disk (it streams through), evicted, unmounted: its reader will see
+            if not sampling.over:
+                self._bring(path, sampling, asked)
+
+    def _bring(self, path: str, sampling: Sampling, asked: float) -> None:
+        timed = sampling.timed(asked)
+        there = True
+        try:
+            there = read_ahead(path, wait=timed)
             sampling.found(there)
+        except (OSError, ValueError):
+            pass  # not on the disk (it streams through), evicted, unmounted, no path: its reader will see
+        finally:
+            if timed:
+                sampling.done(time.monotonic(), cold=not there)
 
     def close(self) -> None:
         for _ in self._threads:
-            self._queue.put(("", Sampling()))
+            self._queue.put(("", Sampling(), 0.0))

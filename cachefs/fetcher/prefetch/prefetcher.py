@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakValueDictionary
 
 from cachefs import memory
 from cachefs.errors import (
@@ -29,12 +31,17 @@ from cachefs.errors import (
 )
 from cachefs.fetcher.attachments import Attachment
 from cachefs.fetcher.lanes import AHEAD
-from cachefs.fetcher.objects import Room, Stored
+from cachefs.fetcher.objects import Stored
 from cachefs.fetcher.prefetch.announced import Announced
-from cachefs.fetcher.prefetch.course import Board, Course, Item, State
+from cachefs.fetcher.prefetch.course import LOOKED_AT, STORED_IN_A_ROW, Course
+from cachefs.fetcher.prefetch.foresight import Foresight
+from cachefs.fetcher.prefetch.item import Board, Item, State
 from cachefs.fetcher.prefetch.pace import Pace
 from cachefs.fetcher.prefetch.pages import Pages
+from cachefs.fetcher.prefetch.report import report
+from cachefs.fetcher.prefetch.spot import SpotCheck
 from cachefs.fetcher.prefetch.verdict import Disk
+from cachefs.fetcher.room import Room
 from cachefs.fetcher.transit import Transit
 from cachefs.messages import Announce, Done, Need, Plan
 
@@ -57,6 +64,10 @@ USUAL_BYTES = 128 * 1024
 # Ranks of the largest nodes, several jobs over. Each may have some 2,000 items of its window in memory here.
 MOST_CONSUMERS = 256
 
+# Of the files that this process may have open, plans may take one in so many: readers' sockets, blobs and connections
+# to the origin need theirs.
+FILES_SHARE = 4
+
 Bring = Callable[[Attachment, Need, int], Awaitable[Any]]
 
 
@@ -68,21 +79,28 @@ class Prefetcher:
         self._bring = bring
         self._courses: list[Course] = []
         self._board: Board = {}
+        self._storage: WeakValueDictionary[tuple[str, str], SpotCheck] = WeakValueDictionary()
+        self.foresight = Foresight(self._courses, self._board)
         self._paces: dict[str, Pace] = {}
         self._flying: dict[str, int] = {}
         self._hold = memory.share(HOLD_SHARE, least=HOLD_LEAST, most=HOLD_BYTES)
         self._disk = Disk()
         self._pages = Pages()
         self._task: asyncio.Task[None] | None = None
+        self._soon: asyncio.Handle | None = None
 
     # --- what consumers say ---
 
     def announce(self, attachment: Attachment, request: Announce, fd: int, pid: int) -> Course:
         """Takes `fd` over when it succeeds. Raises PlanError, StaleObject."""
         if len(self._courses) >= MOST_CONSUMERS:
-            raise PlanError(f"more than {MOST_CONSUMERS} consumers at once")
+            raise PlanError(f"more than {MOST_CONSUMERS} consumers at once: withdraw some, or close their programs")
+        self._require_descriptor()
         announced = Announced(attachment, self._room.config.home, request, fd)
-        course = Course(announced, request, pid, self._room.reader, self._board)
+        storage = self._storage.setdefault(
+            (attachment.dataset, attachment.snapshot), SpotCheck(STORED_IN_A_ROW, LOOKED_AT)
+        )
+        course = Course(announced, request, pid, self._room.reader, self._board, storage)
         course.on_release = self._room.transit.release
         self._courses.append(course)
         self._paces.setdefault(attachment.identity, Pace(time.monotonic()))
@@ -93,9 +111,20 @@ class Prefetcher:
     def plan(self, course: Course, request: Plan, fd: int) -> None:
         """Takes `fd` over when it succeeds. Raises PlanError."""
         if course not in self._courses:
-            raise PlanError("this consumer was withdrawn")
+            raise PlanError("this consumer was withdrawn: announce it anew")
+        self._require_descriptor()
         course.plan(request, fd)
-        self._turn()
+        self._turn_soon()
+
+    def _require_descriptor(self) -> None:
+        """Raises PlanError where consumers have passed as many descriptors as they may, all together."""
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = files // FILES_SHARE
+        if files != resource.RLIM_INFINITY and sum(course.announced.descriptors for course in self._courses) >= most:
+            raise PlanError(
+                f"the plans of all consumers are in more than {most} pieces: give larger ones, or let the fetcher open "
+                "more files (ulimit -n, LimitNOFILE= in systemd)"
+            )
 
     def withdraw(self, course: Course, id: int = 0) -> Done:
         """Forget it; what it came to."""
@@ -121,15 +150,17 @@ class Prefetcher:
     def asked(self, attachment: Attachment, request: Need) -> Iterator[None]:
         """A reader asks the fetcher for this, and waits as long as the block takes."""
         item = self._board.get((attachment.dataset, request.path))
-        if item is not None and item.state is State.HELD:
-            # Released a moment before it is looked for, and then among the most recent: it is still there.
-            item.course.release(item, read=True)
-            item = None
-        if item is None:
+        if item is not None:
+            # One that is held is released a moment before it is looked for, and then among the most recent: it is
+            # still there.
+            item.course.asked(item)
+        else:
+            for course in self._courses:
+                if course.attachment.dataset == attachment.dataset:
+                    course.doubt()
+        if item is None or item.state is State.OVER:
             yield
             return
-        if item.state is State.MISSING:
-            item.state = State.TAKEN
         began = time.monotonic()
         try:
             yield
@@ -149,6 +180,16 @@ class Prefetcher:
             await asyncio.sleep(LOOK_SECONDS if busy else IDLE_SECONDS)
         self._task = None
 
+    def _turn_soon(self) -> None:
+        """Before the next look: once for all plans that come together, for a turn takes milliseconds."""
+
+        def turn() -> None:
+            self._soon = None
+            self._turn()
+
+        if self._soon is None:
+            self._soon = asyncio.get_running_loop().call_soon(turn)
+
     def _turn(self) -> bool:
         """Look at every consumer and start what should fly; whether anything moves."""
         now = time.monotonic()
@@ -159,6 +200,10 @@ class Prefetcher:
                 course.page_in(self._pages)
             except CacheFSError as error:  # its catalog is damaged
                 course.stop(str(error))
+            except Exception:
+                # A defect of ours that one consumer brings to light must not cost the others their hints.
+                log.exception("consumer %r: its hints end here", course.label)
+                self.withdraw(course)
         self._start(now)
         return any(c.flying or now - c.rate.moved < 5 or not c.over for c in self._courses)
 
@@ -171,6 +216,9 @@ class Prefetcher:
             task = asyncio.get_running_loop().create_task(self._fetch(course, item))
             course.tasks.add(task)
             task.add_done_callback(course.tasks.discard)
+        for identity, pace in self._paces.items():
+            if self._flying.get(identity, 0) < pace.limit:
+                pace.starved()
 
     def _next(self, now: float) -> Item | None:
         """What is needed soonest of all that may be fetched now."""
@@ -190,17 +238,15 @@ class Prefetcher:
         return best
 
     def _has_room(self, course: Course, item: Item) -> bool:
-        """Whether memory is left for what will not fit into the cache. (What fits needs none.)"""
+        """Whether memory is left for what will not fit into the cache, and trust. (What fits needs neither.)"""
         course.bound_by_memory = False
-        if not course.streams:
+        if course.streams is False:
             return True
+        if not course.may_fetch():
+            return False
         share = self._hold // len(self._courses)
         usual = course.prefetched_bytes // course.prefetched if course.prefetched else USUAL_BYTES
         wanted = course.flying * usual + (item.size if item.size >= 0 else usual)
-        for held in list(course.held.values()):
-            if course.held_bytes + wanted <= share or held.number >= course.position:
-                break
-            course.release(held, read=False)  # its reader is past it, most likely
         course.bound_by_memory = course.held_bytes + wanted > share and course.held_bytes + course.flying > 0
         return not course.bound_by_memory
 
@@ -240,9 +286,9 @@ class Prefetcher:
             course.failures.add(item.path, "does not fit: the cache is full; what comes after it is left out too")
             course.stop("the cache is full, and nobody says when what streams through would be read")
             return False
-        if item.late or course not in self._courses:
+        if item.asked or course not in self._courses:
             return False  # its reader has it
-        key = (course.attachment.identity, item.path, transit.version)
+        key = (course.attachment.domain, item.path, transit.version)
         size = self._room.transit.hold(key)
         if size:
             course.keep(item, key, size)
@@ -250,7 +296,7 @@ class Prefetcher:
 
     def _failed(self, course: Course, item: Item, error: CacheFSError, pace: Pace) -> None:
         course.failures.add(item.path, str(error))
-        course.in_vain(f"too many of its items cannot be fetched, the last because {error}")
+        course.failed(f"too many of its items cannot be fetched, the last because {error}")
         if isinstance(error, OriginAccessDenied):
             # It came without credentials, before anybody who has some.
             self._room.attachments.renew(course.attachment)
@@ -267,7 +313,7 @@ class Prefetcher:
             identity = course.attachment.identity
             pace = self._paces[identity]
             bound = self._flying.get(identity, 0) >= pace.limit or now < pace.paused_until
-            reports.append(course.report(now, pace.rate, pace.limit, bound_by_origin=bound, slow_disk=self._disk.slow))
+            reports.append(report(course, now, pace.rate, pace.limit, bound_by_origin=bound, slow_disk=self._disk.slow))
         return reports
 
     async def close(self) -> None:
@@ -277,5 +323,8 @@ class Prefetcher:
         if self._task is not None:
             self._task.cancel()
             tasks.append(self._task)
+        if self._soon is not None:
+            self._soon.cancel()
         self._pages.close()
+        await self.foresight.close()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -15,6 +15,10 @@ NOTICEABLE = 0.01
 # Half of the time somebody writes: an SSD that keeps up takes a few percent.
 BUSY_SHARE = 0.5
 
+# Of the time between asking an SSD for a file and its read. One that keeps up takes milliseconds; before one that does
+# not, all that was asked for waits in a queue, which is as long as that time.
+LATE_SHARE = 0.5
+
 
 class Disk:
     """Whether writing is what takes the time, over some seconds."""
@@ -35,6 +39,7 @@ class Disk:
 class Figures(NamedTuple):
     """rate: items per second. idle: seconds since it moved. left: items until the end of its plan. ahead: of these,
     ready without a gap; window: how many should be. late, waited: reads of the last 10 s that had to wait, seconds.
+    paged: seconds from asking the SSD for a file until it was in memory, lead: how long before its read it is asked.
     origin_rate: bytes per second fetched ahead for all, in at_once requests.
     """
 
@@ -45,6 +50,8 @@ class Figures(NamedTuple):
     window: int
     late: int
     waited: float
+    paged: float
+    lead: float
     origin_rate: float
     at_once: int
     bound_by_origin: bool
@@ -67,6 +74,11 @@ def verdict(f: Figures) -> tuple[str, str]:
     if f.waited / 10 <= NOTICEABLE:
         if f.idle > IDLE_SECONDS:
             return "idle", f"it has taken nothing for {f.idle:.0f} s, and the next {f.ahead:,} items are ready"
+        if f.paged > LATE_SHARE * f.lead:
+            return "SSD", (
+                f"its files take {f.paged:.1f} s from the SSD into memory, and are read {f.lead:.1f} s after they are "
+                "asked for: the SSD gives bytes more slowly than they are read"
+            )
         return "none", f"the next {f.ahead:,} items are ready: decoding or the GPU sets the pace"
     waits = f"{f.late:,} reads of the last 10 s had to wait"
     if f.slow_disk:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cachefs.digest import BLOCK_SIZE
+from cachefs.mountinfo import mount_of
 from cachefs.store.layout import Places
-from cachefs_sidecar import mounts
 from cachefs_sidecar.fuse import passthrough
 from cachefs_sidecar.fuse.negotiation import Agreement, negotiate
 from cachefs_sidecar.fuse.opens import Opens
@@ -73,7 +73,12 @@ def choice(asked: str, median_size: int) -> Io:
 
 def stack_depth(directories: Sequence[Path]) -> int:
     """How many file systems lie on one another, ours the topmost: containers often have an overlay of directories."""
-    return 2 if any(mounts.file_system_of(directory) == "overlay" for directory in directories) else 1
+    return 2 if any(_on_overlay(directory) for directory in directories) else 1
+
+
+def _on_overlay(directory: Path) -> bool:
+    mount = mount_of(Path(os.path.realpath(directory)))
+    return mount is not None and mount.fstype == "overlay"
 
 
 def _try_out(device: int, directories: Sequence[Path]) -> int:

@@ -56,6 +56,7 @@ class Passthrough:
         self._directories = tuple(directories)
         self._seal = seal_ns()
         self._last = (0, 0)  # handle and number of the last answer
+        self.passed = 0  # how often a file was opened so
         with opens.change():
             self._close(opens.forget_unused())
 
@@ -94,6 +95,7 @@ class Passthrough:
         self._last = (fh, tries)
         if backing is None:
             return wire.open_out(_CACHED, fh)
+        self.passed += 1
         return wire.open_out(_PASSED, fh, backing.id)
 
     def not_taken(self, unique: int) -> None:

@@ -38,6 +38,7 @@ LOOK_EVERY = 16
 
 # The extended attribute in which the store writes a blob's key.
 KEY_ATTRIBUTE = "user.cachefs.key"
+KEY_DIGITS = 32  # what follows says whose blob it is
 
 
 class Store(Protocol):
@@ -174,13 +175,13 @@ class Reading:
         return self.key_of(node) is not None
 
     def key_of(self, node: int) -> str | None:
-        """The key of the node's blob, 32 hex digits; "" where the disk keeps no attributes; None = not cached."""
+        """The content key of the node's blob, in hex; "" where the disk keeps no attributes; None = not cached."""
         path, row = self._tree.object(node)
         found = self._store.open(self._dataset, version_ref(path, row.version))
         if found is None:
             return None
         try:
-            return _key(found[0])
+            return _key(found[0])[:KEY_DIGITS]
         finally:
             os.close(found[0])
 
@@ -228,7 +229,7 @@ class Reading:
 
     def _intact(self, fd: int, size: int) -> bool:
         key = _key(fd)
-        return not key or digest(self.reply.payload[:size]).hex() == key
+        return not key or digest(self.reply.payload[:size]).hex() == key[:KEY_DIGITS]
 
     def _release(self, node: int) -> None:
         for window in self._held.pop(node).windows:

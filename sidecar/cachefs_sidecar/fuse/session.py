@@ -330,6 +330,8 @@ class Session:
             self._misses.take(unique, pid, found)
             return None
         self.counts["hits"] += 1
+        if offset == 0:
+            self.counts["found"] += 1
         self.counts["hit_bytes"] += found
         reply = self._reading.reply
         try:

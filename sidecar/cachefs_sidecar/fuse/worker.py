@@ -23,6 +23,7 @@ from typing import Any
 
 import uvloop
 
+from cachefs import hits
 from cachefs.config import CacheConfig
 from cachefs.datasets import touch
 from cachefs_sidecar.fuse import tracing
@@ -115,6 +116,7 @@ class Worker:
         )
         self._misses.replies = self._session
         self._answered = 0
+        self._told = 0  # of what was found on the disk
         self._server = threading.get_ident()
 
     def run(self) -> None:
@@ -133,6 +135,7 @@ class Worker:
         finally:
             self._loop.call_soon_threadsafe(self._loop.stop)
             thread.join(timeout=1.0)
+            self._tell_found(patience=hits.LAST_SECONDS)
 
     def _run_loop(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -147,7 +150,14 @@ class Worker:
             self._reading.sweep()
             drop = self._reading.reply.settling.due()
         self._dropping = self._loop.run_in_executor(None, drop)  # the disk may make it wait
+        self._tell_found()
         self._loop.call_later(SWEEP_SECONDS, self._sweep)
+
+    def _tell_found(self, patience: float = 0.0) -> None:
+        with self._lock:
+            found = self._session.counts["found"] + (self._passthrough.passed if self._passthrough is not None else 0)
+        if found > self._told and hits.add(self._serving.cache.home, found - self._told, patience=patience):
+            self._told = found
 
     def _touch(self) -> None:
         with self._lock:

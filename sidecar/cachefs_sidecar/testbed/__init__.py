@@ -2,7 +2,8 @@
 
 `S3Server` is a real S3 server with credentials; `Throttle` stands in front of it and is slow, faulty and
 exact about what was asked: its counters are the ground truth for "this object was read once". `photographs`
-makes the images. `stop_fetcher` ends what a cache directory left running.
+makes the images. `network` makes hosts with links of their own, `nodes` the nodes of a cluster on them.
+`stop_fetcher` ends what a cache directory left running.
 """
 
 from cachefs_sidecar.testbed.fetchers import fetcher_pid, stop_fetcher

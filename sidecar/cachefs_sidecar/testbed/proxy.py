@@ -49,8 +49,9 @@ class Fault:
 class Proxy:
     """One listening port in front of one server."""
 
-    def __init__(self, upstream_port: int, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, upstream_port: int, loop: asyncio.AbstractEventLoop, host: str) -> None:
         self.upstream_port = upstream_port
+        self.host = host
         self.loop = loop
         self.latency = 0.0
         self.bandwidth_per_connection: float | None = None
@@ -93,7 +94,7 @@ class Proxy:
     def _bound(self) -> socket.socket:
         sock = socket.socket()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(("127.0.0.1", self.port))
+        sock.bind((self.host, self.port))
         self.port = sock.getsockname()[1]
         return sock
 
@@ -123,9 +124,9 @@ class Proxy:
         return None
 
 
-async def serve(upstream_port: int, control: socket.socket) -> None:
+async def serve(upstream_port: int, control: socket.socket, host: str) -> None:
     """Serve until the other end of `control` is closed."""
-    proxy = Proxy(upstream_port, asyncio.get_running_loop())
+    proxy = Proxy(upstream_port, asyncio.get_running_loop(), host)
     await proxy.listen()
     reader, writer = await asyncio.open_unix_connection(sock=control)
     writer.write(json.dumps({"port": proxy.port}).encode() + b"\n")
@@ -138,12 +139,12 @@ async def serve(upstream_port: int, control: socket.socket) -> None:
 
 
 def main() -> None:
-    """argv: the server's port and the number of the control socket's descriptor."""
+    """argv: the server's port, the number of the control socket's descriptor, the address to listen at."""
     import uvloop
 
     control = socket.socket(fileno=int(sys.argv[2]))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(serve(int(sys.argv[1]), control))
+        runner.run(serve(int(sys.argv[1]), control, sys.argv[3]))
 
 
 if __name__ == "__main__":

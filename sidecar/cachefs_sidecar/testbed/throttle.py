@@ -58,7 +58,7 @@ class Throttle:
 
     latency: seconds added to each request. Bandwidths: bytes per second towards the client, None = unlimited.
     mend_ranges: answers to ranged requests get the status that S3 gives them, 206; rclone says 200, at which some
-    clients give up. Methods may be called from several threads.
+    clients give up. host: the address of this machine that it listens at. Methods may be called from several threads.
     """
 
     def __init__(
@@ -69,8 +69,10 @@ class Throttle:
         bandwidth_per_connection: float | None = None,
         total_bandwidth: float | None = None,
         mend_ranges: bool = False,
+        host: str = "127.0.0.1",
     ) -> None:
         self.upstream_port = upstream_port
+        self.host = host
         self.port = 0
         self._settings: dict[str, float | None] = {
             "latency": latency,
@@ -85,7 +87,7 @@ class Throttle:
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     @property
     def pid(self) -> int | None:
@@ -98,7 +100,7 @@ class Throttle:
         with theirs:
             command = [sys.executable, "-m", "cachefs_sidecar.testbed.proxy", str(self.upstream_port)]
             self._process = subprocess.Popen(
-                [*command, str(theirs.fileno())],
+                [*command, str(theirs.fileno()), self.host],
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 process_group=0,  # Ctrl-C is for the program that owns it
