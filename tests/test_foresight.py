@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import random
 import time
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from cachefs.fetcher.copies import NEVER
+from cachefs.fetcher.prefetch import foresight
 from cachefs.fetcher.prefetch.foresight import MOST_ASKED
 from cachefs.fetcher.prefetch.timetable import PROBES, Timetable, memory_for
 from cachefs.fetcher.prefetch.trust import FIRST, MOST
@@ -85,6 +87,14 @@ async def consumers(tmp_path: Path) -> AsyncIterator[Consumers]:
     await made.close()
 
 
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> float:
+    """When all of the test happens: paces are those that it sets, however long it is held up between two lines."""
+    moment = time.monotonic()
+    monkeypatch.setattr(foresight, "time", SimpleNamespace(monotonic=lambda: moment, sleep=time.sleep))
+    return moment
+
+
 def next_use(consumers: Consumers, n: int) -> float:
     return consumers.foresight.next_use(DATASET, NAMES_OF[n])
 
@@ -93,32 +103,32 @@ def used_again(consumers: Consumers, n: int) -> float:
     return consumers.foresight.used_again(DATASET, NAMES_OF[n])
 
 
-async def test_this_epoch_and_the_next(consumers: Consumers):
+async def test_this_epoch_and_the_next(consumers: Consumers, now: float):
     course = consumers.announce(NAMES_OF)
     consumers.plan(course, [*range(50)])
     consumers.plan(course, [*reversed(range(50))])
     await consumers.look_through()
     # Nobody knows its pace yet: the answers are items.
     assert [next_use(consumers, n) for n in (0, 49, 50)] == [0, 49, NEVER]
-    consumers.at(course, 10, time.monotonic())
-    course._announced_at = time.monotonic() - 10.0  # one per second
+    consumers.at(course, 10, now)
+    course._announced_at = now - 10.0  # one per second
     assert next_use(consumers, 9) == pytest.approx(80, rel=0.01)
     assert next_use(consumers, 10) == 0
-    consumers.at(course, 100, time.monotonic())
+    consumers.at(course, 100, now)
     assert next_use(consumers, 0) == NEVER, "the plan is over"
 
 
-async def test_the_read_that_it_is_fetched_for_is_not_the_next_one(consumers: Consumers):
+async def test_the_read_that_it_is_fetched_for_is_not_the_next_one(consumers: Consumers, now: float):
     """It is looked up while its item is under way; without one the item was handed out a moment ago."""
     course = consumers.announce(NAMES_OF)
     consumers.plan(course, [*range(50), *range(50)])
     await consumers.look_through()
-    consumers.at(course, 0, time.monotonic())
+    consumers.at(course, 0, now)
     assert (DATASET, NAMES_OF[20]) in consumers.board
     assert next_use(consumers, 20) == 20
     assert used_again(consumers, 20) == 70
-    consumers.at(course, 21, time.monotonic())
-    course._announced_at = time.monotonic() - 21.0
+    consumers.at(course, 21, now)
+    course._announced_at = now - 21.0
     course._over(consumers.board[DATASET, NAMES_OF[20]])
     assert used_again(consumers, 20) == pytest.approx(70 - 21, rel=0.01)
 
@@ -134,12 +144,11 @@ async def test_what_was_handed_out_a_moment_ago_is_still_to_be_read(consumers: C
     assert next_use(consumers, 30) == NEVER
 
 
-async def test_who_reads_it_soonest_says_when_each_at_its_own_pace(consumers: Consumers):
+async def test_who_reads_it_soonest_says_when_each_at_its_own_pace(consumers: Consumers, now: float):
     quick, slow = consumers.announce(NAMES_OF), consumers.announce(NAMES_OF)
     consumers.plan(quick, [*range(100)])
     consumers.plan(slow, [*reversed(range(100))])
     await consumers.look_through()
-    now = time.monotonic()
     for course, position, pace in ((quick, 20, 10.0), (slow, 20, 1.0)):
         consumers.at(course, position, now)
         course._announced_at = now - position / pace
@@ -149,12 +158,11 @@ async def test_who_reads_it_soonest_says_when_each_at_its_own_pace(consumers: Co
     assert next_use(consumers, 10) == pytest.approx(69, rel=0.05)
 
 
-async def test_who_has_not_begun_is_taken_to_be_as_quick_as_the_others(consumers: Consumers):
+async def test_who_has_not_begun_is_taken_to_be_as_quick_as_the_others(consumers: Consumers, now: float):
     one, other = consumers.announce(NAMES_OF), consumers.announce(NAMES_OF)
     consumers.plan(one, [*range(50)])
     consumers.plan(other, [*range(50, 100)])
     await consumers.look_through()
-    now = time.monotonic()
     consumers.at(one, 10, now)
     one._announced_at = now - 1.0
     assert next_use(consumers, 60) == pytest.approx(1, rel=0.05)
@@ -265,6 +273,7 @@ async def test_what_ends_while_it_is_looked_through(consumers: Consumers, monkey
         sleep(0.01)
 
     monkeypatch.setattr(time, "sleep", slowly)
+    gc.collect()  # what earlier tests let go of in cycles has descriptors, and would be collected at any moment
     before = len(os.listdir("/proc/self/fd"))
     course = consumers.announce(NAMES_OF)
     consumers.plan(course, [n % 100 for n in range(1_000_000)])
