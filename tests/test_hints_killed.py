@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import random
@@ -135,6 +136,7 @@ def test_consumers_that_are_killed_anywhere_leave_nothing(throttled: ThrottledBu
                 assert reader.live(way, {})["warned"] == []
                 assert reader.tell("")["ended"] == 0
             wait_until(lambda: "Prefetcher._run" not in state()["tasks"])
+            gc.collect()  # what earlier tests let go of in cycles has descriptors, and would be collected at any moment
             before, killed = state(), 0
             threads_before = threading.active_count()
             for number, point in enumerate(points(seed, 20)):
