@@ -29,8 +29,9 @@ __all__ = ["Bucket", "ThrottledBucket"]  # for the annotations of tests
 # Every process that a test starts, however detached, inherits this variable, and is found by it.
 TAG = "CACHEFS_TEST_RUN"
 
-# What a test leaves behind may still be ending when the test has ended.
-LEAVING_SECONDS = 5.0
+# What a test leaves behind may still be ending when the test has ended, and takes its time where others use the
+# processors and the disk. What would stay is found all the same.
+LEAVING_SECONDS = 30.0
 
 # Credentials and settings of whoever runs the tests must not change what they show.
 FOREIGN = ("AWS_", "AZURE_", "CACHEFS_", "FSSPEC_", "GCS_", "GOOGLE_", "S3FS_", "STORAGE_")
@@ -169,4 +170,5 @@ def _mounts_below(folder: Path) -> list[str]:
 def cachefs(capsys: pytest.CaptureFixture[str], cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
     """The command line, with `cache_dir` as its cache."""
     monkeypatch.setenv("CACHEFS_DIR", str(cache_dir))
+    monkeypatch.setenv("CACHEFS_IDLE", "60")  # the fetcher that one command starts is there for the next, however slow
     return CommandLine(capsys)
