@@ -9,11 +9,12 @@ import contextlib
 import multiprocessing
 import os
 import queue
-import socket
 import time
 from array import array
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from cachefs_sidecar.testbed.ports import free_port
 
 # A job that takes longer hangs.
 PATIENCE = 200.0
@@ -48,9 +49,7 @@ def job(work: Callable[..., Any], *arguments: Any, world: int = 2) -> Iterator[l
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch"])
     results, over = context.Queue(), context.Event()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes = [
         context.Process(target=_rank, args=(rank, world, port, dict(os.environ), results, over, work, arguments))
         for rank in range(world)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from cachefs.config import CacheConfig
 from cachefs.digest import KEY_BYTES
 from cachefs_sidecar.testbed.fetchers import stop_fetcher
 from cachefs_sidecar.testbed.network import Host
+from cachefs_sidecar.testbed.ports import free_port
 from cachefs_sidecar.testbed.tether import start_tethered
 
 # Until a node serves, and until it knows of the others: eight take 20 s to start on two cores with ten times the work.
@@ -195,11 +195,10 @@ def certificates(folder: Path) -> list[str]:
 
 
 def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+    ports: set[int] = set()
+    while len(ports) < count:
+        ports.add(free_port())
+    return list(ports)
 
 
 def flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from cachefs_sidecar.testbed.ports import free_port
 from cachefs_sidecar.testbed.tether import start_tethered
 
 # rclone answers about 0.1 s after it was started; a machine that is busy with everything else takes longer.
@@ -69,7 +70,7 @@ class S3Server:
         self.key = key
         self._secret = secret
         self.dir_cache = dir_cache
-        self.port = _free_port()
+        self.port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -162,11 +163,3 @@ def _require_free(port: int) -> None:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             raise RuntimeError(f"rclone serve s3 cannot listen on port {port}: {error.strerror}") from error
-
-
-def _free_port() -> int:
-    """A port nobody listens on. The kernel hands such ports out in turn, so it stays free for a while."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
