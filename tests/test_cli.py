@@ -18,6 +18,7 @@ import pytest
 from cachefs_sidecar.testbed import fetcher_pid, stop_fetcher
 from tests.command_line import CommandLine, credentials, s3, script
 from tests.conftest import ThrottledBucket
+from tests.test_fetcher import wait_until
 
 
 @pytest.fixture
@@ -173,7 +174,7 @@ def test_progress_is_for_terminals_only(tree: Path, cache_dir: Path) -> None:
                 seen += os.read(ours, 65536)
             except OSError:  # EIO: the other end is closed
                 break
-    out, _ = process.communicate(timeout=10)
+    out, _ = process.communicate(timeout=60)
     os.close(ours)
     assert b"Warming" in seen
     assert b"20 objects" in out
@@ -380,7 +381,7 @@ def test_mount_with_a_catalog_needs_no_origin(cachefs: CommandLine, photos: Thro
     asked = photos.throttle.traffic().requests
     started = time.monotonic()
     done = cachefs("mount", *arguments, "--json").ok().json
-    assert time.monotonic() - started < 5.0  # it takes 0.3 s on an idle core
+    assert time.monotonic() - started < 20.0  # it takes 0.3 s on an idle core, and many times that on a busy one
     assert done["files"] == 12
     assert (mnt / "set" / "11.jpg").read_bytes() == b"11" * 1000
     assert photos.throttle.traffic().requests == asked
@@ -447,7 +448,7 @@ def test_foreground_stays_and_unmounts_when_told(number: int, tree: Path, cache_
     assert str(mnt) in process.stdout.readline().decode()
     assert (mnt / "val" / "00.jpg").read_bytes() == (tree / "val" / "00.jpg").read_bytes()
     process.send_signal(number)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert b"Traceback" not in err
     assert not os.path.ismount(mnt)
@@ -457,16 +458,14 @@ def test_foreground_stays_and_unmounts_when_told(number: int, tree: Path, cache_
 
 
 def test_ctrl_c_ends_a_warm_cleanly_and_keeps_what_was_done(photos: ThrottledBucket, cache_dir: Path) -> None:
-    photos.throttle.set(latency=0.5)
+    photos.throttle.set(latency=3.0)  # it is to be still at it when the signal arrives
     command = [str(Path(sysconfig.get_path("scripts")) / "cachefs"), "warm", photos.url, "-d", str(cache_dir)]
     process = subprocess.Popen(
         [*command, *s3(photos.options)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     )
-    deadline = time.monotonic() + 20
-    while not photos.reads and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_until(lambda: photos.reads != {}, 60)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err.decode().startswith("cachefs: interrupted")
     photos.throttle.set(latency=0)
