@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from cachefs_sidecar.testbed import S3Server, Throttle, stop_fetcher
@@ -32,6 +33,11 @@ TAG = "CACHEFS_TEST_RUN"
 # What a test leaves behind may still be ending when the test has ended, and takes its time where others use the
 # processors and the disk. What would stay is found all the same.
 LEAVING_SECONDS = 30.0
+
+# A busy machine holds up any example for longer than the 0.2 s that hypothesis allows it, and the making of the first
+# ten for longer than a second. What hangs is ended by pytest-timeout.
+hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("busy")
 
 # Credentials and settings of whoever runs the tests must not change what they show.
 FOREIGN = ("AWS_", "AZURE_", "CACHEFS_", "FSSPEC_", "GCS_", "GOOGLE_", "S3FS_", "STORAGE_")
