@@ -67,10 +67,15 @@ def test_a_path_that_became_a_fifth_slower_is_flagged(tmp_path: Path, hit: Calla
     def best(operation: Callable[[], None]) -> float:
         return min(Pair(operation, reference).ratio() for _ in range(1 + compare.AGAIN))
 
-    baseline = {"hit": best(hit)}
-    assert compare.grown(baseline, {"hit": best(hit)}) == {}
-    growths = (compare.grown(baseline, {"hit": best(slowed)}).get("hit", 0.0) for _ in range(3))
-    assert any(0.15 < growth < 0.5 for growth in growths)  # what else runs may hide it once
+    def found() -> tuple[float, float]:
+        """How much slower than before the same path seems to be, and the slower one."""
+        baseline = {"hit": best(hit)}
+        same, slower = (compare.grown(baseline, {"hit": best(each)}).get("hit", 0.0) for each in (hit, slowed))
+        return same, slower
+
+    # What else runs may spoil any of the three measurements, the baseline too.
+    tries = (found() for _ in range(3))
+    assert any(same == 0.0 and 0.15 < slower < 0.5 for same, slower in tries)
 
 
 def test_growth():
