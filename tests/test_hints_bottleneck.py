@@ -20,7 +20,7 @@ from tests.command_line import CommandLine
 from tests.filesystems import make_file_system
 from tests.machine import ThrottledBucket
 from tests.test_hints import content, fill, told
-from tests.test_hints_pages import forget, present, told_by_the_kernel
+from tests.test_hints_pages import forget, make_cold, told_by_the_kernel
 
 __all__ = ["told_by_the_kernel"]  # a fixture
 
@@ -147,20 +147,39 @@ def test_an_ssd_that_is_slow_to_read(
 
 
 def test_an_ssd_that_keeps_up_is_not_blamed(
-    throttled: ThrottledBucket, embedded: CacheFileSystem, watched: Watched, told_by_the_kernel: None
+    throttled: ThrottledBucket,
+    embedded: CacheFileSystem,
+    watched: Watched,
+    monkeypatch: pytest.MonkeyPatch,
+    told_by_the_kernel: None,
 ):
     names = fill(throttled, 300)
     files = [Path(os.fspath(embedded.open_local(name))) for name in names]
-    for file in files:
-        forget(file)
-    assert not present(files[-1])
-    with reading(embedded, names, pause=0.01) as step:
+    right, took = os.pread, 0.0
+
+    def timed(fd: int, count: int, at: int) -> bytes:
+        nonlocal took
+        began = time.monotonic()
+        try:
+            return right(fd, count, at)
+        finally:
+            if threading.current_thread().name == "cachefs-pages":
+                took = max(took, time.monotonic() - began)
+
+    monkeypatch.setattr(os, "pread", timed)
+    for _ in range(5):
+        took = 0.0
+        for file in files:
+            make_cold(file)
         said = set()
-        for number in range(200):
-            step(number)
-            if number % 20 == 0:
-                said.add(watched.json()["bottleneck"])
-        assert said == {"none"}
+        with reading(embedded, names, pause=0.01) as step:
+            for number in range(200):
+                step(number)
+                if number % 20 == 0:
+                    said.add(watched.json()["bottleneck"])
+        if took < 0.1:  # else it did not keep up: others use it too
+            break
+    assert said == {"none"}
 
 
 def test_memory(throttled: ThrottledBucket, cache_dir: Path, watched: Watched, monkeypatch: pytest.MonkeyPatch):
