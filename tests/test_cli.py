@@ -458,7 +458,7 @@ def test_foreground_stays_and_unmounts_when_told(number: int, tree: Path, cache_
 
 
 def test_ctrl_c_ends_a_warm_cleanly_and_keeps_what_was_done(photos: ThrottledBucket, cache_dir: Path) -> None:
-    photos.throttle.set(latency=3.0)  # it is to be still at it when the signal arrives
+    photos.throttle.delay(5.0, "*/set/*")  # it is to be still at it when the signal arrives
     command = [str(Path(sysconfig.get_path("scripts")) / "cachefs"), "warm", photos.url, "-d", str(cache_dir)]
     process = subprocess.Popen(
         [*command, *s3(photos.options)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
@@ -468,7 +468,7 @@ def test_ctrl_c_ends_a_warm_cleanly_and_keeps_what_was_done(photos: ThrottledBuc
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err.decode().startswith("cachefs: interrupted")
-    photos.throttle.set(latency=0)
+    photos.throttle.heal()
     assert script(*command[1:], *s3(photos.options), "--json").ok().json["objects"] == 12
 
 
