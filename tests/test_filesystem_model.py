@@ -525,11 +525,11 @@ def run(fetcher: str, examples: int, steps: int) -> None:
     )
 
 
-@pytest.mark.timeout(0 if EXAMPLES else 120)
+@pytest.mark.timeout(0 if EXAMPLES else 300)
 def test_a_fetcher_in_this_process():
     run("inprocess", examples=60, steps=40)
 
 
-@pytest.mark.timeout(0 if EXAMPLES else 120)
+@pytest.mark.timeout(0 if EXAMPLES else 300)
 def test_a_fetcher_that_is_killed():
     run("auto", examples=14, steps=40)

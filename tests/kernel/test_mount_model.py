@@ -325,7 +325,7 @@ def attempt(work: Callable[[], bytes]) -> bytes | OSError:
         return error
 
 
-@pytest.mark.timeout(0 if EXAMPLES else 120)
+@pytest.mark.timeout(0 if EXAMPLES else 300)
 @pytest.mark.parametrize(
     ("model", "examples"),
     [pytest.param(Model, 16, id="open-free"), pytest.param(Passing, 8, id="passthrough", marks=pytest.mark.needs_root)],

@@ -23,7 +23,7 @@ from tests.kernel.mounting import Dataset
 
 LONG = float(os.environ.get("STORM_SECONDS", "0"))
 
-pytestmark = [pytest.mark.needs_fuse, pytest.mark.timeout(max(120, 6 * LONG))]
+pytestmark = [pytest.mark.needs_fuse, pytest.mark.timeout(max(300, 6 * LONG))]
 
 SECONDS = LONG or 3.0
 KILLS = round(SECONDS * 1000 / 60) if LONG else 20
