@@ -77,6 +77,7 @@ def train(names: list[str], fs: CacheFileSystem) -> Any:
         consumer = sampler._consumer
         wait_until(lambda consumer=consumer: consumer.frontier >= consumer.end)
         epochs.append(seen + items(batches))
+        wait_until(lambda consumer=consumer: consumer.frontier >= consumer.end)  # the next one is there when it begins
     del loader._iterator
     return (epochs, said.items, [sampler._consumer.position, sampler._consumer.end]), sampler
 
@@ -102,8 +103,9 @@ def test_ranks_read_their_parts_and_each_object_is_read_once(
     assert [found["label"] for found in consumers] == [f"rank {rank} of {WORLD}" for rank in range(WORLD)]
     assert len({found["pid"] for found in consumers}) == WORLD
     for found in consumers:
-        # What the first batches of two workers ask for comes at once; all else was there when it was asked for.
-        assert found["late"] <= 2 * 2 * 8
+        # What the first two batches of two workers ask for comes at once, and one more is asked for when the first
+        # has come; all else was there when it was asked for.
+        assert found["late"] <= (2 * 2 + 1) * 8
         assert (found["unknown"], found["failed"]) == (0, 0)
 
 
