@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 # The first two bytes of 198.18.0.0/15, which is for benchmarks (RFC 2544): no real network of this machine has it.
 _BLOCK = "198.18"
 _RATE = "1gbit"
+
+_dice = random.SystemRandom()  # not that of a program which seeds its random numbers
 
 # Where `ip netns add` puts them (ip-netns(8)).
 _NAMESPACES = "/run/netns"
@@ -104,7 +107,8 @@ def _make(host: Host, bridge: str) -> None:
 def _addresses() -> Iterator[str]:
     """The first three bytes of a block of addresses that nobody else on this machine has while the block runs."""
     taken = _ip("-o", "address", "show")  # one that was killed leaves its bridge behind
-    for number in range(256):
+    # In no order: whoever looks what a network left behind does not find the next one of somebody else.
+    for number in _dice.sample(range(256), 256):
         block = f"{_BLOCK}.{number}"
         with socket.socket(socket.AF_UNIX) as lock:
             try:
