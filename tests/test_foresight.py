@@ -34,17 +34,18 @@ def names(order: list[int]) -> list[bytes]:
 
 
 def test_each_use_is_found_in_its_turn():
-    """Marks are 16 bits, so one answer in some thousands is wrong."""
+    """Marks are 16 bits, so of some thousand names one is taken for another, and each answer about it may be wrong."""
     order = random.Random(0).choices(range(1000), k=5000)
     table = Timetable(len(order))
     table.fill(0, names(order[:2000]))
     table.fill(2000, names(order[2000:]))
-    wrong = 0
+    wrong = set()
     for start in range(0, 5001, 250):
         for n in range(0, 1100, 7):
             expected = next((at for at in range(start, 5000) if order[at] == n), None)
-            wrong += table.next(hash(b"%d" % n), start) != expected
-    assert wrong <= 10
+            if table.next(hash(b"%d" % n), start) != expected:
+                wrong.add(n)
+    assert len(wrong) <= 3  # hashes are others in each process: of these 158 names it was none in 99 of 100
 
 
 def test_in_a_long_plan_places_are_rounded_and_what_has_begun_to_pass_is_over():
@@ -64,7 +65,8 @@ def test_in_a_long_plan_places_are_rounded_and_what_has_begun_to_pass_is_over():
 def test_a_plan_of_one_name_takes_no_more_than_its_memory_and_a_few_steps():
     table = Timetable(100_000)
     table.fill(0, (b"again" for _ in range(100_000)))
-    assert sum(map(bool, table._slots)) == PROBES
+    # Of its steps two meet in one slot in one process of a hundred, for hashes are others in each.
+    assert PROBES - 4 <= sum(map(bool, table._slots)) <= PROBES
     assert table.next(hash(b"again"), 0) == 0
     assert table.next(hash(b"again"), 99_000) is None
 
