@@ -78,7 +78,7 @@ def test_a_comparison(tmp_path, monkeypatch, name):
 def test_the_broken_are_caught(tmp_path, monkeypatch, capsys):
     """Wrong bytes, missing files, errors, endless waits, packages that are not there: all are said, none stops it."""
     monkeypatch.setattr(program, "QUICK", TINY)
-    monkeypatch.setattr(process, "ORDER_SECONDS", 5.0)
+    monkeypatch.setattr(process, "ORDER_SECONDS", 15.0)
     work, output = tmp_path / "work", tmp_path / "output"
     work.mkdir()
     kinds = ["Flipped", "Forgetful", "Failing", "Hanging", "Absent"]
@@ -93,7 +93,7 @@ def test_the_broken_are_caught(tmp_path, monkeypatch, capsys):
         f"{BROKEN}:Forgetful": f"1 files never came, such as {photograph(3)}",
     }
     assert "not today" in epochs["failed"].pop(f"{BROKEN}:Failing")
-    assert epochs["failed"] == {f"{BROKEN}:Hanging": "no answer within 5 s"}
+    assert epochs["failed"] == {f"{BROKEN}:Hanging": "no answer within 15 s"}
     assert epochs["skipped"] == {f"{BROKEN}:Absent": "the package cachefs-no-such-package is not installed"}
     assert all(set(figure["contenders"]) <= {"native"} for figure in epochs["figures"])
     shown = capsys.readouterr().out
