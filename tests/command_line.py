@@ -16,7 +16,7 @@ import pytest
 from cachefs_sidecar.cli import main
 
 # A command that takes longer hangs.
-SECONDS = 60.0
+SECONDS = 120.0
 
 
 @dataclass(frozen=True)

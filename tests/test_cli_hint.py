@@ -70,10 +70,10 @@ def test_names_come_as_a_stream_and_it_stays_until_it_is_told(
         for number in range(3):
             command.stdin.write(b"set/%02d.jpg\n" % number)
             command.stdin.flush()
-            wait_until(lambda number=number: len(photos.reads) == number + 1, 30)
+            wait_until(lambda number=number: len(photos.reads) == number + 1)
         command.stdin.write(b"set/09.jpg")  # the last line may end without an end
         command.stdin.close()
-        wait_until(lambda: len(photos.reads) == 4, 30)
+        wait_until(lambda: len(photos.reads) == 4)
         (found,) = cachefs("status", "--json").ok().json["consumers"]
         assert found["pid"] == command.pid
         said = cachefs("status").ok().out

@@ -61,7 +61,7 @@ def pid_of(home: Path) -> int:
     return int((home / "run" / "fetcher.lock").read_text())
 
 
-def wait_until(condition, seconds: float = 30.0) -> None:
+def wait_until(condition, seconds: float = 100.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"

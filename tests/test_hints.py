@@ -317,7 +317,7 @@ def test_consumers_share_by_what_they_need(throttled: ThrottledBucket, fs: Cache
         first.plan(array("I", range(200)))
         second.plan(array("I", range(200, 400)))
         lead = ahead()["first"]  # what came while nothing else was wanted
-        wait_until(lambda: second.frontier >= 30 or first.frontier >= lead + 100, 30)
+        wait_until(lambda: second.frontier >= 30 or first.frontier >= lead + 100)
         found = ahead()
         assert -64 <= found["first"] - found["second"] <= 64 + lead
 

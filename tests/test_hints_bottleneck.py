@@ -25,7 +25,7 @@ from tests.test_hints_pages import forget, make_cold, told_by_the_kernel
 __all__ = ["told_by_the_kernel"]  # a fixture
 
 # A sentence is true of the last seconds, and said after some.
-SECONDS = 25.0
+SECONDS = 60.0
 
 
 class Watched:

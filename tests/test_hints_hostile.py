@@ -383,7 +383,7 @@ def test_a_consumer_without_credentials_waits_for_somebody_who_has_some(throttle
             consumer.plan(array("I", range(3)), at=0)
             return bool(report(fs)["prefetched"] == 3)
 
-        wait_until(again, 30)
+        wait_until(again)
 
 
 # --- many ------------------------------------------------------------------------------------------------------------

@@ -176,7 +176,7 @@ def test_blobs_for_readers_by_url(throttled: ThrottledBucket, cache_dir: Path):
         forget(file)
     with closing(Consumer(fs.config, fs.dataset_of(names[0])[1], names)) as consumer:
         consumer.plan(array("I", range(COUNT)))
-        wait_until(lambda: sum(map(present, files)) >= MOST, 20)
+        wait_until(lambda: sum(map(present, files)) >= MOST)
 
 
 @pytest.mark.needs_fuse
@@ -197,7 +197,7 @@ def test_the_pages_of_a_mount(
         assert not any(map(present, paths))
         with closing(place_of([str(path) for path in paths]).consumer("test")) as consumer:
             consumer.plan(array("I", range(COUNT)))
-            wait_until(lambda: sum(map(present, paths)) >= MOST, 20)
+            wait_until(lambda: sum(map(present, paths)) >= MOST)
         assert [path.read_bytes() for path in paths] == [bytes([number]) * SIZE for number in range(COUNT)]
     finally:
         command("umount", data).ok()

@@ -20,7 +20,7 @@ def listening(request, tmp_path, monkeypatch) -> Iterator[socket.socket]:
     address = str(tmp_path / "notify") if request.param == "path" else f"@cachefs-test-{os.getpid()}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.bind(address.replace("@", "\0") if request.param == "abstract" else address)
-        sock.settimeout(10)
+        sock.settimeout(60)
         monkeypatch.setenv("NOTIFY_SOCKET", address)
         monkeypatch.setenv("FDSTORE", "16")
         yield sock
@@ -57,7 +57,7 @@ def test_whoever_hands_on_waits_until_the_manager_knows(listening):
     assert data == b"BARRIER=1"
     assert handing.is_alive()
     os.close(fds[0])
-    handing.join(10)
+    handing.join(60)
     assert not handing.is_alive()
 
 
