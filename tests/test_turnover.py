@@ -229,7 +229,7 @@ def without_access_times(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "noatime,size=100m", "none", folder], check=True)
     yield folder
-    for _ in range(100):
+    for _ in range(600):
         if subprocess.run(["umount", folder], check=False, stderr=subprocess.DEVNULL).returncode == 0:
             return
         time.sleep(0.1)
