@@ -46,6 +46,7 @@ def small(tmp_path):
 
 
 @pytest.mark.needs_fuse
+@pytest.mark.timeout(900)  # some take 30 s where nothing else runs
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_a_scenario(tmp_path, name):
     work, output = tmp_path / "work", tmp_path / "output"

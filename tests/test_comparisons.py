@@ -54,6 +54,7 @@ def compare(folder: Path, name: str, contenders: list[str]) -> Findings:
 
 
 @pytest.mark.needs_fuse
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", COMPARISONS)
 def test_a_comparison(tmp_path, monkeypatch, name):
     tiny = accelerators.Workload("tiny", "none", sample=1000, batch=4, seconds=0.01, passes=0.01, files=16, steps=4)
