@@ -12,8 +12,9 @@ import signal
 import time
 from pathlib import Path
 
-# A fetcher that is asked to end finishes its writes first; longer than this means that it hangs.
-GRACE_SECONDS = 5.0
+# A fetcher that is asked to end finishes its writes first, on a disk that may be busy with everything else; longer
+# than this means that it hangs.
+GRACE_SECONDS = 30.0
 
 
 def fetcher_pid(home: Path) -> int | None:
