@@ -21,7 +21,7 @@ class Kernel:
         self.device, self._ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (self.device, self._ours):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
-        self._ours.settimeout(10)
+        self._ours.settimeout(60)
         self._uniques = itertools.count(2, 2)
 
     def send(self, opcode: int, node: int = 1, body: bytes = b"", *, pid: int = 0, unique: int = 0) -> int:
@@ -52,7 +52,7 @@ class Kernel:
         except BlockingIOError:
             return True
         finally:
-            self._ours.settimeout(10)
+            self._ours.settimeout(60)
         return False
 
     def hang_up(self) -> None:
