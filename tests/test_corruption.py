@@ -51,13 +51,13 @@ class Cache:
         return CacheFileSystem(
             target_protocol="file",
             cache_dir=[str(d) for d in self.dirs],
-            deadline=20.0,
+            deadline=100.0,
             skip_instance_cache=True,
             **options,
         )
 
     def connection(self) -> Connection:
-        return Connection(CacheConfig.make(self.dirs, deadline=20), Session("file", {}, {}, root=str(self.root)))
+        return Connection(CacheConfig.make(self.dirs, deadline=100), Session("file", {}, {}, root=str(self.root)))
 
     def ask(self, question: Callable[[Connection], Any]) -> Any:
         connection = self.connection()

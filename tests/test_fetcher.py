@@ -117,7 +117,7 @@ def test_eight_processes_and_one_read_per_object(throttled, cache_dir):
 
 def test_a_killed_client_does_not_take_the_flight_from_the_others(throttled, cache_dir):
     path = throttled.put("slow.jpg", content(1))
-    throttled.throttle.set(latency=1.0)
+    throttled.throttle.set(latency=3.0)
     context = multiprocessing.get_context("fork")
     barrier, answers = context.Barrier(2), context.Queue()
     first = context.Process(target=_read_all, args=(cache_dir, s3(throttled), [path], barrier, answers))
@@ -125,7 +125,8 @@ def test_a_killed_client_does_not_take_the_flight_from_the_others(throttled, cac
     barrier.wait()
     connection = Connection(config(cache_dir), s3(throttled))
     connection.attach()
-    killer = threading.Timer(0.2, lambda: os.kill(first.pid or 0, signal.SIGKILL))
+    # In the middle of the flight: both wait for it by then.
+    killer = threading.Timer(1.5, lambda: os.kill(first.pid or 0, signal.SIGKILL))
     killer.start()
     assert read(connection, path) == content(1)
     killer.join()

@@ -45,17 +45,17 @@ async def test_open_async(seeded: Bucket, make: Make):
 
 
 def test_cold_objects_come_concurrently(throttled: ThrottledBucket, make: Make):
-    """300 objects, 50 ms away each: one after the other they would take 15 s."""
+    """300 objects, 0.3 s away each: one after the other they would take 90 s."""
     paths = [throttled.put(f"{number:03d}", b"%d" % number) for number in range(300)]
     fs = make(throttled)
     assert not fs.exists(f"{throttled.name}/none")  # and the fetcher has started
-    throttled.throttle.set(latency=0.05)
+    throttled.throttle.set(latency=0.3)
     started = time.monotonic()
     half = fs.cat(paths[:150])
     other = asyncio.run(fs._cat(paths[150:]))
     taken = time.monotonic() - started
     assert half | other == {path: b"%d" % number for number, path in enumerate(paths)}
-    assert taken < 5
+    assert taken < 45
     assert sum(throttled.reads.values()) == 300
 
 

@@ -186,7 +186,7 @@ class Model(RuleBasedStateMachine):
             "cache_size": TINY if self.tiny else None,
             "min_free": "0",
             "fetcher": self.fetcher,
-            "deadline": 20.0,
+            "deadline": 100.0,
         }
 
     def reader(self) -> Reader:
@@ -407,7 +407,7 @@ class Model(RuleBasedStateMachine):
     # --- the cache ---
 
     def connection(self, root: str) -> Connection:
-        config = CacheConfig.make(self.home, min_free=0, deadline=20, fetcher=self.fetcher)
+        config = CacheConfig.make(self.home, min_free=0, deadline=100, fetcher=self.fetcher)
         return Connection(config, Session("file", {}, {}, root=root))
 
     @rule(refresh=st.booleans())

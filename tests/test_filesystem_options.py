@@ -130,7 +130,8 @@ def test_an_instance_of_plain_options_is_taken_apart(bucket: Bucket, cache_dir: 
 
 def test_in_process_next_to_a_fetcher(seeded: Bucket, make: Make, memory: Any, cache_dir: Path):
     """Another process has the cache: its fetcher is used where it can be, and otherwise nothing is stored."""
-    make(seeded).cat_file(f"{seeded.name}/a.txt")
+    first = make(seeded)
+    first.cat_file(f"{seeded.name}/a.txt")
     try:
         fs = make(seeded, fetcher="inprocess")
         assert fs.open(f"{seeded.name}/train/n01/1.jpg").read() == FILES["train/n01/1.jpg"]
@@ -140,6 +141,7 @@ def test_in_process_next_to_a_fetcher(seeded: Bucket, make: Make, memory: Any, c
             with inner.open("/d/x") as file:
                 assert file.name is None
                 assert file.read() == b"in memory"
+        del first  # while it is connected, the fetcher does not end because it is idle
     finally:
         stop_embedded(cache_dir)
 

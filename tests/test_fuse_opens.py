@@ -179,9 +179,9 @@ def test_who_is_killed_in_the_middle_of_a_change_changed_nothing(table: Path, on
     waiting.start()
     assert not done.wait(0.1)
     child.send_signal(signal.SIGKILL)
-    child.wait(10)
+    child.wait(60)
     child.stdout.close()
-    assert done.wait(10)
+    assert done.wait(60)
     waiting.join()
     with one.change():
         assert one.count() == 1

@@ -93,7 +93,7 @@ class Origin:
 class Mounted:
     """A session, its loop and its stores, with a socket for a kernel."""
 
-    def __init__(self, folder: Path, *, flags: int = int(WANTED), deadline: float = 10.0) -> None:
+    def __init__(self, folder: Path, *, flags: int = int(WANTED), deadline: float = 60.0) -> None:
         self.folder = folder
         self.config = CacheConfig.make([folder / "cache"], min_free=0)
         self.store = Store.open(self.config)
@@ -148,10 +148,10 @@ class Mounted:
 
     def close(self) -> None:
         self.kernel.hang_up()
-        self.threads[1].join(10)
-        asyncio.run_coroutine_threadsafe(self.misses.close(), self.loop).result(10)
+        self.threads[1].join(60)
+        asyncio.run_coroutine_threadsafe(self.misses.close(), self.loop).result(60)
         self.loop.call_soon_threadsafe(self.loop.stop)
-        self.threads[0].join(10)
+        self.threads[0].join(60)
         assert not any(thread.is_alive() for thread in self.threads)
         self.reading.close()
         self.tree.close()
@@ -174,7 +174,7 @@ def mount(tmp_path: Path) -> Iterator[Mounted]:
         yield m
 
 
-def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
+def until(condition: Callable[[], object], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it never came true"
@@ -455,13 +455,15 @@ def test_an_interrupt_for_another_workers_request_is_passed_on(mount: Mounted) -
     until(lambda: mount.passed_on == [1000])
 
 
-def test_an_interrupt_passed_on_to_us_finds_our_request(mount: Mounted) -> None:
+def test_an_interrupt_passed_on_to_us_finds_our_request(mount: Mounted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(misses_module, "UNKNOWN_SECONDS", 2.0)  # long enough on a slow machine
     mount.origin.slow.add("b/d/cold")
     with subprocess.Popen(["sleep", "60"]) as gone:
         gone.kill()
     # It may even be here before the request is in hand.
+    node = mount.node("d/cold")
     mount.loop.call_soon_threadsafe(mount.misses.interrupt_passed_on, 500)
-    mount.kernel.send(Opcode.READ, mount.node("d/cold"), read_body(0, 4), pid=gone.pid, unique=500)
+    mount.kernel.send(Opcode.READ, node, read_body(0, 4), pid=gone.pid, unique=500)
     assert mount.kernel.reply() == Reply(-errno.EINTR, 500, b"")
     assert mount.passed_on == []
 
@@ -548,7 +550,7 @@ def test_a_session_without_a_whole_catalog_ends(mount: Mounted, monkeypatch: pyt
     with mount.lock:
         mount.session.switch_before_next([mount.folder / "bad.sqlite"])
     mount.kernel.send(Opcode.GETATTR, ROOT, bytes(16))
-    mount.threads[1].join(10)
+    mount.threads[1].join(60)
     assert failures == ["CatalogError"]
 
 

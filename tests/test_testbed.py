@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,20 @@ def read(options: dict[str, Any], path: str, **more: Any) -> bytes:
     name, _, key = path.partition("/")
     body: bytes = client(options).get_object(Bucket=name, Key=key, **more)["Body"].read()
     return body
+
+
+def soonest(work: Callable[[], object], limit: float, least: float) -> float:
+    """The seconds that it takes, the shortest of some when the machine does something else meanwhile."""
+    best = limit
+    for _ in range(10):
+        began = time.perf_counter()
+        work()
+        taken = time.perf_counter() - began
+        assert taken >= least
+        best = min(best, taken)
+        if best < limit:
+            break
+    return best
 
 
 def runs(pid: int) -> bool:
@@ -116,7 +131,7 @@ def test_server_and_throttle_die_with_the_program_that_started_them(tmp_path, si
     assert len(pids) == 2
     parent.send_signal(sign)
     parent.wait()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while any(runs(pid) for pid in pids):
         assert time.monotonic() < deadline, "still there"
         time.sleep(0.01)
@@ -164,25 +179,28 @@ def test_latency_is_per_request(throttled):
     s3 = client(throttled.options)
     s3.head_bucket(Bucket=throttled.name)  # the connection and boto3's machinery are warm
     throttled.throttle.set(latency=0.1)
-    began = time.perf_counter()
-    for _ in range(3):
-        s3.get_object(Bucket=throttled.name, Key=path.partition("/")[2])["Body"].read()
-    assert 0.3 <= time.perf_counter() - began < 0.9
+
+    def three() -> None:
+        for _ in range(3):
+            s3.get_object(Bucket=throttled.name, Key=path.partition("/")[2])["Body"].read()
+
+    assert soonest(three, limit=0.9, least=0.3) < 0.9
 
 
 def test_bandwidth_per_connection_and_in_total(throttled):
     throttled.put("a.bin", os.urandom(1_000_000))
     path = f"{throttled.name}/a.bin"
 
-    async def seconds_for_three_at_once() -> float:
-        began = time.perf_counter()
+    async def gather() -> None:
         await asyncio.gather(*(asyncio.to_thread(read, throttled.options, path) for _ in range(3)))
-        return time.perf_counter() - began
+
+    def three_at_once() -> None:
+        asyncio.run(gather())
 
     throttled.throttle.set(bandwidth_per_connection=2_500_000)
-    assert 0.4 <= asyncio.run(seconds_for_three_at_once()) < 1.1
+    assert soonest(three_at_once, limit=1.1, least=0.4) < 1.1
     throttled.throttle.set(bandwidth_per_connection=None, total_bandwidth=2_500_000)
-    assert 1.2 <= asyncio.run(seconds_for_three_at_once()) < 2.2
+    assert soonest(three_at_once, limit=2.2, least=1.2) < 2.2
 
 
 def test_ranges_are_answered_as_s3_answers_them_when_asked_to(throttled):
@@ -273,8 +291,8 @@ def test_a_stopped_server_looks_stopped_through_the_throttle(tmp_path):
 # --- hosts of their own -------------------------------------------------------------------------------------------
 
 
-def reaches(host: Host, address: str, port: int) -> bool:
-    program = f"import socket; socket.create_connection(({address!r}, {port}), timeout=1).close()"
+def reaches(host: Host, address: str, port: int, seconds: float = 20.0) -> bool:
+    program = f"import socket; socket.create_connection(({address!r}, {port}), timeout={seconds}).close()"
     return (
         subprocess.run([*host.prefix, sys.executable, "-S", "-c", program], stderr=subprocess.DEVNULL).returncode == 0
     )
@@ -287,15 +305,16 @@ def test_two_networks_do_not_meet_and_nothing_of_them_is_left():
         assert here.rpartition(".")[0] != there.rpartition(".")[0]
         port = listener.getsockname()[1]
         assert reaches(host, here, port)
-        assert not reaches(other, here, port)
+        assert not reaches(other, here, port, 1.0)
         host.cut()
-        assert not reaches(host, here, port)
+        assert not reaches(host, here, port, 1.0)
         host.mend()
         host.slow("10mbit")
         assert reaches(host, here, port)
-    left = subprocess.run(["ip", "-o", "link"], capture_output=True, text=True, check=True).stdout
-    assert host.link not in left
-    assert f"{here}/24" not in subprocess.run(["ip", "-o", "address"], capture_output=True, text=True).stdout
+        # By number: whoever needs a network next gets the same names and addresses.
+        address = subprocess.run(["ip", "-o", "address", "show", "to", here], stdout=subprocess.PIPE, text=True)
+        made = {socket.if_nametoindex(host.link), int(address.stdout.partition(":")[0])}
+    assert not made & {number for number, _ in socket.if_nameindex()}
 
 
 # --- photographs ------------------------------------------------------------------------------------------------
@@ -330,7 +349,7 @@ def test_stop_fetcher_ends_the_fetcher_and_nothing_else(tmp_path):
     program = "import time; time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", program, "cachefs.fetcher"]) as fetcher:
         (run / "fetcher.lock").write_text(f"{fetcher.pid}\n")
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while fetcher_pid(tmp_path) is None:  # until it has become the program
             assert time.monotonic() < deadline
             time.sleep(0.005)

@@ -32,6 +32,9 @@ from cachefs_sidecar.keeper import Keeper
 from cachefs_sidecar.logs import set_up_logging
 from cachefs_sidecar.registry import MountSettings
 
+# An end "at once" on a machine that does other things too.
+AT_ONCE = 20.0
+
 
 class Dataset:
     """A plain tree in `folder`/plain, and a cache in `folder`/cache."""
@@ -42,7 +45,8 @@ class Dataset:
         self.mountpoint = folder / "mnt"
         for made in (self.plain, self.mountpoint):
             made.mkdir()
-        self.config = CacheConfig.make([folder / "cache"], min_free=0, idle=1, deadline=20)
+        # deadline: longer than AT_ONCE and than a slow machine needs while reads wait, so that none ends by itself.
+        self.config = CacheConfig.make([folder / "cache"], min_free=0, idle=1, deadline=100)
         self.root = str(self.plain)
         self.id = dataset_id("file", self.root)
         self.store = Store.open(self.config)
@@ -126,7 +130,7 @@ def version(file: Path) -> str:
     return f"{info.st_mtime_ns}-{info.st_size}"
 
 
-def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
+def until(condition: Callable[[], object], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it never came true"

@@ -55,7 +55,7 @@ class ServiceManager:
     def start(self) -> None:
         """Returns when the unit is ready."""
         if self._process is not None:
-            self._process.wait(20)  # also where another process had become the unit
+            self._process.wait(60)  # also where another process had become the unit
         self.ready = False
         named = [(name, fd) for name, fds in self.store.items() for fd in fds]
         environ = {**self._environ, "NOTIFY_SOCKET": self._address, "FDSTORE": "160"}
@@ -68,7 +68,7 @@ class ServiceManager:
             stdout=subprocess.DEVNULL,
         )
         self.main = process.pid
-        until(lambda: self.ready or process.poll() is not None, 30)
+        until(lambda: self.ready or process.poll() is not None)
         assert self.ready, "the unit ended before it was ready"
 
     def terminate(self) -> None:
@@ -80,8 +80,8 @@ class ServiceManager:
         """Wait until the main process has ended."""
         assert self._process is not None
         if self.main == self._process.pid:
-            self._process.wait(20)
-        until(lambda: not registry.start_ticks(self.main), 20)
+            self._process.wait(60)
+        until(lambda: not registry.start_ticks(self.main))
 
     def _listen(self) -> None:
         size = socket.CMSG_SPACE(253 * 4) + socket.CMSG_SPACE(12)

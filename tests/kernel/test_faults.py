@@ -19,7 +19,7 @@ from cachefs.errors import MountError
 from cachefs.mountinfo import mounted_at
 from cachefs_sidecar.control import list_mounts, mount_status, restart_mount, start_mount, stop_mount
 from cachefs_sidecar.registry import MountInfo
-from tests.kernel.mounting import Dataset, until
+from tests.kernel.mounting import AT_ONCE, Dataset, until
 
 pytestmark = pytest.mark.needs_fuse
 
@@ -61,25 +61,25 @@ def test_reads_that_wait_for_the_origin_hold_up_nobody(data: Dataset) -> None:
 
     for name, content in IMAGES.items():
         assert (data.mountpoint / name).read_bytes() == content
-    assert subprocess.run(["ls", "-lR", data.mountpoint], capture_output=True, check=True, timeout=20).stdout
+    assert subprocess.run(["ls", "-lR", data.mountpoint], capture_output=True, check=True, timeout=AT_ONCE).stdout
     assert os.stat(data.mountpoint / "hang/0").st_size == 7
     assert os.getxattr(data.mountpoint / "hang/0", "user.cachefs.cached") == b"0"
     assert mount_status(info)["counts"]["waiting"] == WAITING
 
     # A reader that is killed ends at once, though its read has no answer.
     readers[0].kill()
-    readers[0].wait(5)
+    readers[0].wait(AT_ONCE)
     readers[1].terminate()
-    readers[1].wait(5)
+    readers[1].wait(AT_ONCE)
 
     (data.folder / "gate").touch()
     for reader in readers[2:]:
-        assert reader.wait(10) == 0
+        assert reader.wait(60) == 0
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive()
     stop_mount(data.mountpoint)
-    assert keeper.wait(10) == 0
+    assert keeper.wait(60) == 0
 
 
 def test_a_killed_reader_in_a_single_read_ends(data: Dataset) -> None:
@@ -97,14 +97,12 @@ def test_a_killed_reader_in_a_single_read_ends(data: Dataset) -> None:
         assert reader.stdout is not None
         assert reader.stdout.readline() == b"there\n"
         until(lambda: mount_status(info)["counts"]["waiting"] == 1)
-        began = time.monotonic()
         reader.kill()
-        reader.wait(5)
-        assert time.monotonic() - began < 3
+        reader.wait(AT_ONCE)  # its READ has no answer for longer
         reader.stdout.close()
         until(lambda: mount_status(info)["counts"]["waiting"] == 0)
     stop_mount(data.mountpoint)
-    assert keeper.wait(10) == 0
+    assert keeper.wait(60) == 0
 
 
 def test_a_signal_that_does_not_kill_does_not_end_a_read(data: Dataset) -> None:
@@ -124,21 +122,21 @@ def test_a_signal_that_does_not_kill_does_not_end_a_read(data: Dataset) -> None:
     until(lambda: mount_status(info)["counts"].get("INTERRUPT"))
     assert mount_status(info)["counts"]["waiting"] == 1
     (data.folder / "gate").touch()
-    assert reader.wait(10) == 0
+    assert reader.wait(60) == 0
     reader.stdout.close()
     stop_mount(data.mountpoint)
-    assert keeper.wait(10) == 0
+    assert keeper.wait(60) == 0
 
 
 # --- processes that die -------------------------------------------------------------------------------------------
 
 
 READER = """
-import hashlib, json, os, random, sys, time
-folder, seconds, names = sys.argv[1], float(sys.argv[2]), json.loads(sys.argv[3])
+import hashlib, json, os, random, select, sys, time
+folder, least, names = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
 good, failed, slowest, seen = 0, 0, 0.0, {}
-end = time.monotonic() + seconds
-while time.monotonic() < end:
+print("reading", flush=True)
+while good <= least or not select.select([sys.stdin], [], [], 0)[0]:
     name = random.choice(names)
     began = time.monotonic()
     try:
@@ -153,29 +151,32 @@ print(json.dumps([good, failed, slowest, {name: list(digests) for name, digests 
 """
 
 
-def read_under(data: Dataset, seconds: float, disturb: Callable[[], None]) -> tuple[int, int, float]:
-    """Readers for some seconds while `disturb` is called again and again: (good reads, failed, slowest in s)."""
-    readers = [
-        subprocess.Popen(
-            [sys.executable, "-c", READER, str(data.mountpoint), str(seconds), json.dumps(sorted(IMAGES))],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
-    ]
-    while readers[0].poll() is None:
-        disturb()
-    good, failed, slowest = 0, 0, 0.0
+def read_under(data: Dataset, seconds: float, kill: Callable[[], int], *, kills: int, least: int) -> tuple[int, float]:
+    """Two readers while `kill`, which says how many there were, is called again and again: (failed reads, slowest).
+
+    For some seconds, and on a slow machine until there were so many; each reader has more than `least` good reads.
+    """
+    command = [sys.executable, "-c", READER, str(data.mountpoint), str(least), json.dumps(sorted(IMAGES))]
+    readers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     for reader in readers:
-        out, _ = reader.communicate(timeout=30)
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == "reading\n"
+    end = time.monotonic() + seconds
+    while kill() < kills or time.monotonic() < end:
+        assert all(reader.poll() is None for reader in readers)
+    failed, slowest = 0, 0.0
+    for reader in readers:
+        out, _ = reader.communicate(timeout=60)  # closes its stdin
         assert reader.returncode == 0
-        ok, bad, slow, seen = json.loads(out)
+        good, bad, slow, seen = json.loads(out)
+        assert good > least
         assert seen == {name: [DIGESTS[name]] for name in seen}
-        good, failed, slowest = good + ok, failed + bad, max(slowest, slow)
-    return good, failed, slowest
+        failed, slowest = failed + bad, max(slowest, slow)
+    return failed, slowest
 
 
-def kill_a_worker(info: MountInfo, victims: list[int]) -> None:
+def kill_a_worker(info: MountInfo, victims: list[int]) -> int:
+    """How many are victims by now."""
     for worker in mount_status(info)["workers"]:
         if worker["pid"] and worker["pid"] not in victims:
             victims.append(worker["pid"])
@@ -183,6 +184,7 @@ def kill_a_worker(info: MountInfo, victims: list[int]) -> None:
             until(lambda: worker["pid"] not in [w["pid"] for w in mount_status(info)["workers"]])  # noqa: B023
             break
     time.sleep(0.05)  # some load between one death and the next
+    return len(victims)
 
 
 def test_readers_do_not_notice_workers_that_are_killed(data: Dataset) -> None:
@@ -190,8 +192,8 @@ def test_readers_do_not_notice_workers_that_are_killed(data: Dataset) -> None:
     if "cannot deliver requests again" in Path(info.log).read_text():
         pytest.skip("this kernel has no FUSE_NOTIFY_RESEND (Linux 6.9)")
     victims: list[int] = []
-    good, failed, slowest = read_under(data, 3.0, lambda: kill_a_worker(info, victims))
-    assert (failed, len(victims) >= 5, good > 100) == (0, True, True), (good, failed, victims)
+    failed, slowest = read_under(data, 3.0, lambda: kill_a_worker(info, victims), kills=5, least=50)
+    assert failed == 0
     assert slowest < 30  # it ends at all; some milliseconds are usual
     assert sum(worker["restarts"] for worker in mount_status(info)["workers"]) == len(victims)
 
@@ -200,14 +202,12 @@ def test_without_resend_no_reader_hangs(data: Dataset) -> None:
     keeper = data.keeper("--no-resend")
     (info,) = list_mounts()
     victims: list[int] = []
-    good, _, slowest = read_under(data, 2.0, lambda: kill_a_worker(info, victims))
-    assert victims
-    assert good > 50
+    _, slowest = read_under(data, 2.0, lambda: kill_a_worker(info, victims), kills=1, least=25)
     assert slowest < 30
     for name, content in IMAGES.items():
         assert (data.mountpoint / name).read_bytes() == content
     stop_mount(data.mountpoint)
-    assert keeper.wait(10) == 0
+    assert keeper.wait(60) == 0
 
 
 def test_without_resend_an_open_file_outlives_every_worker(data: Dataset) -> None:
@@ -223,7 +223,7 @@ def test_without_resend_an_open_file_outlives_every_worker(data: Dataset) -> Non
             assert held.read() == IMAGES["img007.jpg"]
     assert len(victims) == 4
     stop_mount(data.mountpoint)
-    assert keeper.wait(10) == 0
+    assert keeper.wait(60) == 0
 
 
 def test_without_resend_on_a_shared_queue_it_is_mounted_anew(data: Dataset) -> None:
@@ -236,28 +236,27 @@ def test_without_resend_on_a_shared_queue_it_is_mounted_anew(data: Dataset) -> N
     until(lambda: mount_status(info)["counts"]["waiting"] == 1)
     for worker in mount_status(info)["workers"]:
         os.kill(worker["pid"], signal.SIGKILL)
-    assert waiting.wait(20) == 1  # it fails, and does not hang
+    assert waiting.wait(AT_ONCE) == 1  # it fails, and does not hang
     until(lambda: bool(list_mounts()) and list_mounts()[0].started != info.started)
     for name, content in IMAGES.items():
         assert (data.mountpoint / name).read_bytes() == content
     with pytest.raises(MountError, match="cannot be handed over"):
         restart_mount(list_mounts()[0])
     stop_mount(data.mountpoint)
-    assert keeper.wait(10) == 0
+    assert keeper.wait(60) == 0
 
 
 def test_with_resend_a_shared_queue_is_no_matter(data: Dataset) -> None:
     keeper = data.keeper("--no-clone")
     (info,) = list_mounts()
     victims: list[int] = []
-    good, failed, _ = read_under(data, 1.5, lambda: kill_a_worker(info, victims))
-    assert (failed, bool(victims)) == (0, True)
-    assert good > 20
+    failed, _ = read_under(data, 1.5, lambda: kill_a_worker(info, victims), kills=1, least=10)
+    assert failed == 0
     restart_mount(info)
     for name, content in IMAGES.items():
         assert (data.mountpoint / name).read_bytes() == content
     stop_mount(data.mountpoint)
-    assert keeper.wait(10) == 0
+    assert keeper.wait(60) == 0
 
 
 def test_a_mount_outlives_its_keeper(data: Dataset) -> None:

@@ -8,7 +8,6 @@ import os
 import random
 import subprocess
 import sys
-import threading
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,7 @@ from cachefs.mountinfo import mounted_at
 from cachefs.store.layout import Places, seal_ns
 from cachefs_sidecar.control import start_mount, stop_mount
 from tests.command_line import s3, script
-from tests.kernel.mounting import Dataset, version
+from tests.kernel.mounting import Dataset, until, version
 from tests.machine import ThrottledBucket
 
 pytestmark = pytest.mark.needs_fuse
@@ -192,9 +191,4 @@ def test_a_sequential_reader_is_read_ahead_of(far: tuple[ThrottledBucket, Path])
     with open(shard, "rb", buffering=0) as file:
         for _ in range(2 * BLOCK_SIZE // (1 << 20) + 1):  # into the third block
             file.read(1 << 20)
-        ahead = threading.Event()
-        for _ in range(1000):
-            if bucket.reads["shard.bin"] > 3:
-                break
-            ahead.wait(0.01)
-        assert bucket.reads["shard.bin"] > 3
+        until(lambda: bucket.reads["shard.bin"] > 3)

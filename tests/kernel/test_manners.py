@@ -19,13 +19,10 @@ from cachefs.mountinfo import mounted_at
 from cachefs_sidecar.control import list_mounts, mount_status, stop_mount
 from cachefs_sidecar.registry import MountInfo
 from tests.command_line import credentials, s3, script
-from tests.kernel.mounting import Dataset, until
+from tests.kernel.mounting import AT_ONCE, Dataset, until
 from tests.machine import ThrottledBucket
 
 pytestmark = pytest.mark.needs_fuse
-
-# An end "at once" on a machine that does other things too.
-AT_ONCE = 20.0
 
 IMAGES = {f"images/{number:03d}.jpg": os.urandom(20_000 + 991 * number) for number in range(40)}
 
@@ -94,7 +91,9 @@ def test_all_that_needs_no_origin_goes_on_while_it_hangs(
     throttled.put("large", bytes(20 << 20))
     mnt = tmp_path / "mnt"
     mnt.mkdir()
-    script("mount", throttled.url, mnt, "--cache-dir", cache_dir, *s3(throttled.options)).ok()
+    # However long this takes, the readers below are not told that there is no answer.
+    patient = ["--origin-option", "retry_timeout=600"]
+    script("mount", throttled.url, mnt, "--cache-dir", cache_dir, *s3(throttled.options), *patient).ok()
     half = list(IMAGES)[:20]
     for name in half:
         assert (mnt / name).read_bytes() == IMAGES[name]
@@ -170,11 +169,12 @@ def test_a_disk_that_stands_still_holds_up_its_readers_only(tmp_path: Path) -> N
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
         readers = [subprocess.Popen(["md5sum", file], stdout=subprocess.PIPE) for file in cold[:2]]
-        time.sleep(0.5)
+        info = mount_at(data.mountpoint)
+        until(lambda: sum(worker["answers"] for worker in mount_status(info)["workers"]) == 2)  # each holds up one
         assert [reader.poll() for reader in readers] == [None, None]
         for command in (("ls", "-lR", data.mountpoint), ("stat", *cold[5:]), ("cat", hot)):
             subprocess.run([str(word) for word in command], capture_output=True, timeout=AT_ONCE, check=True)
-        assert sum(worker["answers"] for worker in mount_status(mount_at(data.mountpoint))["workers"]) == 2
+        assert sum(worker["answers"] for worker in mount_status(info)["workers"]) == 2
         for pid in pids:
             os.kill(pid, signal.SIGCONT)
         for reader in readers:

@@ -89,7 +89,7 @@ class Model(RuleBasedStateMachine):
         self.linked: set[tuple[str, Version]] = set()
         self.ever: set[tuple[str, Version]] = set()
         self.open: list[Held] = []
-        self.config = CacheConfig.make(self.home, min_free=0, idle=5, deadline=20)
+        self.config = CacheConfig.make(self.home, min_free=0, idle=5, deadline=100)
         self.session = Session("file", {}, {}, root=str(self.root))
         self.connection = Connection(self.config, self.session)
 

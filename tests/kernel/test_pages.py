@@ -109,11 +109,11 @@ def test_what_is_fetched_is_dropped_when_it_is_on_the_disk(data: Dataset, monkey
         assert (data.mountpoint / "new.bin").read_bytes() == LARGE[::-1]
         new = [blob for blob in blobs(data) if blob not in before and not blob.name.endswith(".blocks")]
         assert len(new) == 2
+        assert in_memory(new) > 0
         for blob in new:
             with blob.open("rb") as written:
                 os.fsync(written.fileno())
-        assert in_memory(new) > 0
-        until(lambda: in_memory(new) == 0, seconds=20)
+        until(lambda: in_memory(new) == 0)
         assert (data.mountpoint / "new.bin").read_bytes() == LARGE[::-1]
     finally:
         stop_mount(data.mountpoint)

@@ -84,14 +84,14 @@ def test_whole_objects_are_read_by_the_kernel(data: Dataset) -> None:
     for name, content in (("large.bin", LARGE), ("d/small.jpg", SMALL), ("empty", b"")):
         assert (data.mountpoint / name).read_bytes() == content
     with open(data.mountpoint / "large.bin", "rb") as one, open(data.mountpoint / "large.bin", "rb") as two:
-        assert opens(data) == (2, 1)
+        until(lambda: opens(data) == (2, 1))  # RELEASE, of those before, comes after close(2) has returned
         for access in (mmap.ACCESS_READ, mmap.ACCESS_COPY):
             with mmap.mmap(one.fileno(), 0, access=access) as view:
                 assert view[777_777:888_888] == LARGE[777_777:888_888]
         two.seek(8_999_000)
         assert two.read() == LARGE[8_999_000:]
         assert os.fstat(two.fileno()).st_size == len(LARGE)
-    until(lambda: opens(data) == (0, 0))  # RELEASE comes after close(2) has returned
+    until(lambda: opens(data) == (0, 0))
     assert counts(info).get("READ", 0) == 0
     with pytest.raises(OSError) as caught:
         os.open(data.mountpoint / "large.bin", os.O_RDWR)
@@ -113,7 +113,7 @@ def test_an_incomplete_object_passes_through_once_it_is_whole(data: Dataset) -> 
         until(lambda: os.getxattr(name, "user.cachefs.cached") == b"1")
         # One way at a time: this is whole now, but open, perhaps mapped.
         with open(name, "rb") as second, mmap.mmap(second.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            assert opens(data) == (2, 0)
+            until(lambda: opens(data) == (2, 0))
             assert view[:100] == COLD[:100]
     until(lambda: opens(data) == (0, 0))
     reads = counts(info)["READ"]
@@ -209,7 +209,7 @@ def test_a_refusal_turns_it_off_for_good(data: Dataset) -> None:
     assert counts(info)["OPEN"] == asked
     assert not left_in_the_kernel(info)
     stop_mount(data.mountpoint)
-    assert keeper.wait(10) == 0
+    assert keeper.wait(60) == 0
 
 
 def test_refused_from_the_start_it_is_open_free(data: Dataset) -> None:
@@ -219,7 +219,7 @@ def test_refused_from_the_start_it_is_open_free(data: Dataset) -> None:
     assert (data.mountpoint / "large.bin").read_bytes() == LARGE
     assert counts(info)["OPEN"] == 1
     stop_mount(data.mountpoint)
-    assert keeper.wait(10) == 0
+    assert keeper.wait(60) == 0
 
 
 def test_without_resend_there_is_no_passthrough(data: Dataset) -> None:
@@ -228,7 +228,7 @@ def test_without_resend_there_is_no_passthrough(data: Dataset) -> None:
     assert info.io == "open-free"
     assert (data.mountpoint / "large.bin").read_bytes() == LARGE
     stop_mount(data.mountpoint)
-    assert keeper.wait(10) == 0
+    assert keeper.wait(60) == 0
 
 
 def test_what_is_tried(caplog: pytest.LogCaptureFixture) -> None:
@@ -245,13 +245,13 @@ def test_what_is_tried(caplog: pytest.LogCaptureFixture) -> None:
 # --- workers that are killed ----------------------------------------------------------------------------------------
 
 OPENER = """
-import json, mmap, os, random, sys, time
-folder, plain, seconds = sys.argv[1], sys.argv[2], float(sys.argv[3])
+import json, mmap, os, random, select, sys
+folder, plain = sys.argv[1], sys.argv[2]
 names = ["large.bin", "d/small.jpg", "cold.bin"]
 right = {name: open(os.path.join(plain, name), "rb").read() for name in names}
 held, opened, wrong, failed = [], 0, 0, []
-end = time.monotonic() + seconds
-while time.monotonic() < end:
+print("opening", flush=True)
+while not select.select([sys.stdin], [], [], 0)[0]:
     name = random.choice(names)
     try:
         fd = os.open(os.path.join(folder, name), os.O_RDONLY)
@@ -276,26 +276,35 @@ def test_workers_are_killed_while_files_are_opened_and_closed(data: Dataset) -> 
     """Some pass through, and what is not in the cache does not."""
     keeper = data.keeper(io="passthrough")
     (info,) = list_mounts()
-    program = [sys.executable, "-c", OPENER, str(data.mountpoint), str(data.plain), str(STORM)]
-    openers = [subprocess.Popen(program, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    killed = 0
-    while all(opener.poll() is None for opener in openers):
+    program = [sys.executable, "-c", OPENER, str(data.mountpoint), str(data.plain)]
+    openers = [subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    for opener in openers:
+        assert opener.stdout is not None
+        assert opener.stdout.readline() == "opening\n"
+    killed, end = 0, time.monotonic() + STORM
+    while killed < 5 or time.monotonic() < end:
+        assert all(opener.poll() is None for opener in openers)
         workers = mount_status(info)["workers"]
         if all(worker["answers"] for worker in workers):  # who is killed at birth has nothing in hand
             os.kill(workers[killed % len(workers)]["pid"], signal.SIGKILL)
             killed += 1
         time.sleep(random.uniform(0, 0.05))
-    told = [opener.communicate(timeout=30)[0] for opener in openers]
+    told = [opener.communicate(timeout=60)[0] for opener in openers]  # closes its stdin
     for opener, text in zip(openers, told, strict=True):
         assert opener.returncode == 0
         opened, wrong, failed = json.loads(text)
         assert (wrong, failed) == (0, [])
         assert opened > killed
-    assert killed >= 5
     until(lambda: opens(data) == (0, 0))
+    # Ids that who was killed could not write down, or not close, are found when the next worker begins, and by whoever
+    # registers the next file.
+    until(lambda: all(worker["answers"] for worker in mount_status(info)["workers"]))
+    assert (data.mountpoint / "large.bin").read_bytes() == LARGE
+    until(lambda: opens(data) == (0, 0))
+    until(lambda: all(worker["answers"] for worker in mount_status(info)["workers"]))  # between two requests
     assert not left_in_the_kernel(info)
     stop_mount(data.mountpoint)
-    assert keeper.wait(10) == 0
+    assert keeper.wait(60) == 0
 
 
 def left_in_the_kernel(info: MountInfo) -> list[int]:

@@ -109,7 +109,7 @@ def test_a_mount_that_nobody_serves_holds_up_only_its_readers(unit: Unit) -> Non
     assert script("status").code == 0
     assert waiting.is_alive()
     unit.manager.start()
-    waiting.join(20)
+    waiting.join(60)
     assert not waiting.is_alive()
 
 
