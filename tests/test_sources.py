@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from etcd3gw.watch import Watcher
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cachefs.cluster import membership as membership_module
@@ -30,9 +30,6 @@ from cachefs.cluster.sources import static as static_module
 from cachefs.cluster.sources.slurm import MOST, expand
 from cachefs.errors import ConfigError
 from tests.cluster_servers import Dnsmasq, Etcd, KubernetesAPI, endpoint, free_port
-
-# A busy machine makes no test fail.
-unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 ME = Node("me", "192.0.2.250", 7070, 1 << 30)
 
@@ -191,7 +188,6 @@ numbers = st.tuples(st.integers(0, 5000), st.integers(0, 40), st.integers(1, 6))
 pieces = st.one_of(st.from_regex(r"[a-z][a-z0-9.\-]{0,5}", fullmatch=True), st.lists(numbers, min_size=1, max_size=3))
 
 
-@unhurried
 @given(st.lists(st.lists(pieces, min_size=1, max_size=3), max_size=4))
 def test_every_list_that_can_be_written_means_what_it_says(items: list[list[str | list[tuple[int, int, int]]]]):
     written, meant = [], []
@@ -214,7 +210,6 @@ def test_every_list_that_can_be_written_means_what_it_says(items: list[list[str 
     assert expand(",".join(written)) == list(dict.fromkeys(meant))
 
 
-@unhurried
 @given(st.text(alphabet="ab019[]-, ", max_size=25) | st.text(max_size=25))
 def test_no_text_makes_the_expansion_fail_in_another_way(text: str):
     with contextlib.suppress(ConfigError):
