@@ -12,8 +12,8 @@ import signal
 import time
 from pathlib import Path
 
-# A fetcher that is asked to end finishes its writes first; longer than this means that it hangs.
-GRACE_SECONDS = 5.0
+# A fetcher that is asked to end finishes its writes first; longer than this means that it hangs, on any machine.
+GRACE_SECONDS = 60.0
 
 
 def fetcher_pid(home: Path) -> int | None:

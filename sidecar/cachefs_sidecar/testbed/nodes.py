@@ -194,12 +194,17 @@ def certificates(folder: Path) -> list[str]:
     return ["--ca", str(authority), "--certificate", str(certificate), "--key", str(key), "--name", "127.0.0.1"]
 
 
-def free_ports(count: int) -> list[int]:
+@contextlib.contextmanager
+def reserved_ports(count: int) -> Iterator[list[int]]:
+    """Ports of loopback that nobody is given within the block, for programs that are told theirs, and may be started
+    again: bound and not listened at, so connections are refused, and a server that sets SO_REUSEADDR may listen.
+    """
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+        yield [each.getsockname()[1] for each in sockets]
 
 
 def flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
