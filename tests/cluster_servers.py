@@ -20,13 +20,7 @@ from aiohttp import web
 from etcd3gw.client import Etcd3Client
 from etcd3gw.lease import Lease
 
-STARTING_SECONDS = 30
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+STARTING_SECONDS = 60
 
 
 def own_port() -> int:
@@ -74,10 +68,10 @@ class _Program:
 class Etcd(_Program):
     """Keeps its data over stop and start."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, port: int, peer_port: int) -> None:
         super().__init__()
         self._folder = folder
-        self.port, self._peer_port = free_port(), free_port()
+        self.port, self._peer_port = port, peer_port
 
     def arguments(self) -> list[str]:
         client, peer = f"http://127.0.0.1:{self.port}", f"http://127.0.0.1:{self._peer_port}"
@@ -173,8 +167,8 @@ class KubernetesAPI:
         app.router.add_get(base, self._answer)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
-        self.port = free_port()
-        await web.TCPSite(self._runner, "127.0.0.1", self.port).start()
+        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        self.port = int(self._runner.addresses[0][1])
         cluster = {"name": "c", "cluster": {"server": f"http://127.0.0.1:{self.port}"}}
         config = {
             "apiVersion": "v1",

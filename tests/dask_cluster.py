@@ -16,6 +16,9 @@ from typing import Any
 
 WORKERS = 3
 
+# How long a cluster or a worker may take to end.
+ENDING_SECONDS = 60
+
 # How long what a dead worker has computed is asked for before it is computed again (30 s otherwise).
 PATIENCE = {"DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "5s"}
 
@@ -49,7 +52,7 @@ class DaskCluster:
     def __exit__(self, *_: object) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.process.wait(30)
+        self.process.wait(ENDING_SECONDS)
         assert self.process.stdout is not None
         self.process.stdout.close()
 
@@ -75,7 +78,7 @@ class DaskHosts:
                     stderr=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                 )
-                started.callback(worker.wait, 30)
+                started.callback(worker.wait, ENDING_SECONDS)
                 started.callback(worker.terminate)
                 self.workers[host] = worker
             self._started = started.pop_all()

@@ -5,13 +5,21 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+from cachefs.client.located import Located
+from cachefs.cluster.nodes import Node as Member
+from cachefs.cluster.peers.health import LEAST_HEDGE
 from cachefs.cluster.peers.pki import make_secret
+from cachefs.cluster.placement import Placement, object_key
 from cachefs.digest import BLOCK_SIZE
+from cachefs.origin import OriginSpec
 from cachefs_sidecar.testbed.network import Host
-from cachefs_sidecar.testbed.nodes import PORT, ClusterNode, certificates, free_ports, secret, together
+from cachefs_sidecar.testbed.nodes import PORT, ClusterNode, certificates, secret, together
+from cachefs_sidecar.testbed.ports import reserved_ports
 from tests.machine import Bucket
 
 
@@ -38,11 +46,12 @@ class Node(ClusterNode):
         options = {**bucket.options, **({"endpoint_url": endpoint} if endpoint else {})}
         environ = {**os.environ, **shifted(clock)} if clock else None
         super().__init__(number, folder, bucket.name, options, port, size=size, host=host, environ=environ)
+        self.slow: list[str] = []
         if lie:
             self.program = [str(Path(__file__).with_name("lying_node.py")), lie]
 
     def read(self, path: str, version: str, size: int) -> bytes:
-        located = self.connection.need(path, version=version, size=size)
+        located = self._need(path, version=version, size=size)
         try:
             return os.pread(located.fd, size, 0 - located.base)
         finally:
@@ -52,7 +61,7 @@ class Node(ClusterNode):
         """A large object from end to end, as a reader of a mount asks for it."""
         data = b""
         while len(data) < size:
-            located = self.connection.need(path, version=version, size=size, offset=len(data), length=1 << 20)
+            located = self._need(path, version=version, size=size, offset=len(data), length=1 << 20)
             try:
                 data += os.pread(located.fd, located.stop - len(data), len(data) - located.base)
             finally:
@@ -61,11 +70,32 @@ class Node(ClusterNode):
 
     def read_part(self, path: str, version: str, size: int, block: int) -> None:
         """One block of a large object."""
-        os.close(
-            self.connection.need(
-                path, version=version, size=size, offset=block * BLOCK_SIZE, length=min(BLOCK_SIZE, size)
-            ).fd
-        )
+        start = block * BLOCK_SIZE
+        os.close(self._need(path, version=version, size=size, offset=start, length=min(BLOCK_SIZE, size)).fd)
+
+    def _need(self, path: str, **need: Any) -> Located:
+        began = time.monotonic()
+        located = self.connection.need(path, **need)
+        if time.monotonic() - began >= LEAST_HEDGE:
+            self.slow.append(path)
+        return located
+
+
+def owner_of(nodes: Collection[Node], path: str, version: str) -> str:
+    """Its name, where all nodes count the same."""
+    placement = Placement([Member(node.name, node.address, node.port) for node in nodes])
+    identity = OriginSpec("s3", next(iter(nodes)).options, {}).identity
+    return placement.owner(object_key(identity, path, version)).name
+
+
+def slow_reads(nodes: Collection[Node]) -> list[str]:
+    """Paths of reads since this was asked last that took so long that the fetcher may have asked the origin, too, and
+    the owner that it asked may have done the same: each may cost two reads of the origin that were not needed.
+    """
+    found = [path for node in nodes for path in node.slow]
+    for node in nodes:
+        node.slow.clear()
+    return found
 
 
 def why_no_other_clock() -> str:
@@ -112,23 +142,23 @@ def cluster(
     clocks: how far each one's is off. lies: what is wrong with the server of each.
     """
     trust = certificates(folder) if tls else [*secret(folder), "--sign", sign]
-    ports = [PORT] * count if hosts else free_ports(count)
-    nodes = [
-        Node(
-            number,
-            folder,
-            bucket,
-            port,
-            size=sizes[number] if sizes else size,
-            host=hosts[number] if hosts else None,
-            endpoint=endpoint,
-            clock=clocks[number] if clocks else "",
-            lie=lies[number] if lies else "",
-        )
-        for number, port in enumerate(ports)
-    ]
-    with together(nodes, trust, weighed=bool(sizes) and named):
-        yield nodes
+    with contextlib.nullcontext([PORT] * count) if hosts else reserved_ports(count) as ports:
+        nodes = [
+            Node(
+                number,
+                folder,
+                bucket,
+                port,
+                size=sizes[number] if sizes else size,
+                host=hosts[number] if hosts else None,
+                endpoint=endpoint,
+                clock=clocks[number] if clocks else "",
+                lie=lies[number] if lies else "",
+            )
+            for number, port in enumerate(ports)
+        ]
+        with together(nodes, trust, weighed=bool(sizes) and named):
+            yield nodes
 
 
 @contextlib.contextmanager
@@ -136,12 +166,12 @@ def stranger(folder: Path, bucket: Bucket, nodes: list[Node]) -> Iterator[Node]:
     """A node that calls itself one of the cluster, and has another secret."""
     its_secret = folder / "another-secret"
     make_secret(its_secret)
-    (port,) = free_ports(1)
-    node = Node(99, folder, bucket, port)
-    try:
-        node.serve("static:" + ",".join(each.name for each in (*nodes, node)), ["--secret", str(its_secret)])
-        node.wait_until_it_serves()
-        node.wait_for(len(nodes) + 1)
-        yield node
-    finally:
-        node.close()
+    with reserved_ports(1) as (port,):
+        node = Node(99, folder, bucket, port)
+        try:
+            node.serve("static:" + ",".join(each.name for each in (*nodes, node)), ["--secret", str(its_secret)])
+            node.wait_until_it_serves()
+            node.wait_for(len(nodes) + 1)
+            yield node
+        finally:
+            node.close()

@@ -114,7 +114,9 @@ class Stored:
     def __init__(self, bucket, home: Path, objects: dict[str, bytes], *, fetched: bool = True) -> None:
         self.home = home
         self.objects = objects
-        self.session = Session("s3", dict(bucket.options), {}, root=bucket.name)
+        # What a throttle holds back for long is not asked for again.
+        self.options = {**bucket.options, "read_timeout": 100.0}
+        self.session = Session("s3", self.options, {}, root=bucket.name)
         connection = Connection(CacheConfig.make(home, deadline=60.0), self.session)
         self.dataset = connection.attach().dataset
         self.versions = {path: connection.info(path).version for path in objects}
@@ -135,9 +137,7 @@ class Stored:
 
     def settings(self, bucket) -> dict[str, Any]:
         """What a server is told so that peers may have its objects fetched."""
-        return {
-            "datasets": [{"protocol": "s3", "root": bucket.name, "options": dict(bucket.options), "redacted": False}]
-        }
+        return {"datasets": [{"protocol": "s3", "root": bucket.name, "options": self.options, "redacted": False}]}
 
 
 Forward = Callable[[bytes], bytes]

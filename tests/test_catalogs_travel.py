@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cachefs import datasets
@@ -409,7 +409,6 @@ _states = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(_words)
 def test_a_word_arrives_as_it_was_meant(word):
     assert catalogs.word_of(packed(word)) == word
@@ -418,13 +417,11 @@ def test_a_word_arrives_as_it_was_meant(word):
     assert wire.decode_request(wire.encode(wire.Request([item], fetch=True))).items == [item]
 
 
-@settings(deadline=None)
 @given(_states)
 def test_a_state_arrives_as_it_was_meant(state):
     assert state_of(packed(state)) == state
 
 
-@settings(deadline=None)
 @given(st.one_of(st.binary(max_size=200), _words.map(packed), _states.map(packed)), st.data())
 def test_random_and_changed_bytes_are_a_bounded_word_or_none(data, draw):
     changed = bytearray(data)

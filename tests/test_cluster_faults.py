@@ -11,6 +11,9 @@ from tests.command_line import script
 from tests.nodes import cluster, fill, why_no_other_clock
 from tests.test_cluster import read_all, versions
 
+# A cluster may take two minutes to start (testbed/nodes).
+pytestmark = pytest.mark.timeout(300)
+
 COUNT = 120  # of which each of three nodes owns some forty, more than it takes for one to be found out
 
 

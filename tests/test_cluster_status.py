@@ -19,8 +19,11 @@ from cachefs.config import CacheConfig
 from cachefs.fetcher.settings import remember_size
 from cachefs_sidecar.testbed.nodes import flat
 from tests.command_line import CommandLine, Outcome
-from tests.nodes import Node, cluster, fill
+from tests.nodes import Node, cluster, fill, slow_reads
 from tests.test_cluster import origin_reads, read_all, versions
+
+# A cluster may take two minutes to start (testbed/nodes).
+pytestmark = pytest.mark.timeout(300)
 
 COUNT = 60
 
@@ -88,36 +91,46 @@ def sums(report: ClusterReport) -> tuple[int, int]:
 
 @pytest.mark.slow
 def test_what_one_gave_another_received_and_nothing_is_counted_twice(throttled, objects, tmp_path, cachefs):
-    with cluster(tmp_path, throttled, 3, size=1 << 30) as nodes:
-        known = versions(nodes[0], objects)
-        for node in nodes:
-            read_all(node, objects, known, sorted(objects))
-        from_origin = origin_reads(throttled)
-        report = asked(cachefs, nodes[1], lambda report: report.well and len(set(sums(report))) == 1)
-        given, _ = sums(report)
-        assert given + sum(n.bytes.origin for n in report.nodes) == 3 * sum(map(len, objects.values()))
-        assert sum(n.reads.origin for n in report.nodes) == from_origin == COUNT
-        assert sum(n.reads.peers for n in report.nodes) == 2 * COUNT
-        for row, node in zip(sorted(report.nodes, key=lambda row: row.name), sorted(nodes, key=str_of), strict=True):
-            assert (row.name, row.address, row.why, row.fetcher) == (node.name, node.name, "", "")
-            # What the others saw come from it is what it gave.
-            assert row.answers.objects == row.reads.given
-            assert row.reads.asked == row.reads.read == COUNT
-            assert row.reads.local == COUNT - row.reads.peers - row.reads.origin + row.reads.for_peers
-            assert row.reads.peers + row.reads.origin - row.reads.for_peers + row.reads.stored >= COUNT
-            assert row.stored == _stored_bytes(node.home)
-            assert row.capacity == 1 << 30
-            assert row.reads_60s.peers <= row.reads.peers
-            assert row.view.agrees
-            assert row.view.nodes == 3
-        assert sum(row.share for row in report.nodes) == pytest.approx(1)
-        assert report.well
-        assert "all 3 nodes answer" in report.verdict
-        (dataset,) = report.datasets
-        assert [sorted(names) for names in dataset.snapshots.values()] == [sorted(node.name for node in nodes)]
-        assert_keys(cachefs("cluster", "status", "--json", "--cache-dir", nodes[0].home).json)
-        said = shown(cachefs, nodes[2], *(node.name for node in nodes), "all 3 nodes answer").ok().out
-        assert "secret" not in said
+    for attempt in range(5):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        with cluster(folder, throttled, 3, size=1 << 30) as nodes:
+            known = versions(nodes[0], objects)
+            for node in nodes:
+                read_all(node, objects, known, sorted(objects))
+            from_origin = origin_reads(throttled)
+            if not slow_reads(nodes):  # else some may have been read twice, and then not all adds up
+                assert_it_adds_up(cachefs, nodes, objects, from_origin)
+                return
+    pytest.fail("the machine was too slow for this test")
+
+
+def assert_it_adds_up(cachefs: CommandLine, nodes: list[Node], objects: dict[str, bytes], from_origin: int) -> None:
+    report = asked(cachefs, nodes[1], lambda report: report.well and len(set(sums(report))) == 1)
+    given, _ = sums(report)
+    assert given + sum(n.bytes.origin for n in report.nodes) == 3 * sum(map(len, objects.values()))
+    assert sum(n.reads.origin for n in report.nodes) == from_origin == COUNT
+    assert sum(n.reads.peers for n in report.nodes) == 2 * COUNT
+    for row, node in zip(sorted(report.nodes, key=lambda row: row.name), sorted(nodes, key=str_of), strict=True):
+        assert (row.name, row.address, row.why, row.fetcher) == (node.name, node.name, "", "")
+        # What the others saw come from it is what it gave.
+        assert row.answers.objects == row.reads.given
+        assert row.reads.asked == row.reads.read == COUNT
+        assert row.reads.local == COUNT - row.reads.peers - row.reads.origin + row.reads.for_peers
+        assert row.reads.peers + row.reads.origin - row.reads.for_peers + row.reads.stored >= COUNT
+        assert row.stored == _stored_bytes(node.home)
+        assert row.capacity == 1 << 30
+        assert row.reads_60s.peers <= row.reads.peers
+        assert row.view.agrees
+        assert row.view.nodes == 3
+    assert sum(row.share for row in report.nodes) == pytest.approx(1)
+    assert report.well
+    assert "all 3 nodes answer" in report.verdict
+    (dataset,) = report.datasets
+    assert [sorted(names) for names in dataset.snapshots.values()] == [sorted(node.name for node in nodes)]
+    assert_keys(cachefs("cluster", "status", "--json", "--cache-dir", nodes[0].home).json)
+    said = shown(cachefs, nodes[2], *(node.name for node in nodes), "all 3 nodes answer").ok().out
+    assert "secret" not in said
 
 
 def str_of(node: Node) -> str:

@@ -304,7 +304,7 @@ class Model(RuleBasedStateMachine):
 
 
 TestModel = Model.TestCase
-TestModel.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestModel.settings = settings(max_examples=150, stateful_step_count=60)
 
 
 def test_the_queue_is_what_a_list_and_a_set_are():

@@ -12,15 +12,12 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cachefs.cluster.nodes import Node
 from cachefs.cluster.placement import Placement, object_key
 from tests.keeping import NEVER, NO, Keeping, Verdict, lodgings
-
-# A busy machine makes no test fail.
-unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 N = 2000
 
@@ -357,7 +354,6 @@ operations = st.tuples(
 )
 
 
-@unhurried
 @given(st.integers(0, 60), st.lists(operations, max_size=60))
 def test_verdicts_carried_out_give_exactly_what_is_kept_and_never_more_than_fits(capacity: int, steps):
     """Against a set that does what the verdicts say. Sizes are fixed per key, 1 to 13."""

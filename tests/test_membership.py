@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cachefs.cluster import membership as membership_module
@@ -23,9 +23,6 @@ from cachefs.cluster.placement import Placement, object_key
 from cachefs.cluster.settling import APART, JOIN, LEAVE, LONGEST_JOIN, Settling, View
 from cachefs.cluster.weights import weighed
 from cachefs.errors import ConfigError, MembershipError
-
-# A busy machine makes no test fail.
-unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def node(name: str, host: str = "192.0.2.1", weight: int = 1) -> Node:
@@ -141,7 +138,6 @@ def test_of_two_nodes_of_one_name_every_node_takes_the_same():
         assert settling.settle(0) == {other}
 
 
-@unhurried
 @given(st.lists(st.tuples(st.sets(st.sampled_from("abcdef"), min_size=1), st.floats(0, 20)), min_size=1))
 def test_whatever_happened_the_view_becomes_what_is_seen(events: list[tuple[set[str], float]]):
     line = Timeline("abc")

@@ -16,7 +16,7 @@ import pytest
 from cachefs.budget import Urgency
 from cachefs.client import Connection
 from cachefs.cluster.nodes import Node
-from cachefs.cluster.peers import gathering, link
+from cachefs.cluster.peers import gathering, health, link
 from cachefs.cluster.peers.race import first
 from cachefs.cluster.peers.receiving import Piece
 from cachefs.cluster.peers.wire import MOST_BYTES, MOST_ITEMS, Item, Request, Status, encode
@@ -169,7 +169,7 @@ async def test_what_somebody_waits_for_overtakes_what_any_node_fetches_ahead(thr
     stored = Stored(throttled, cache_dir, photographs(throttled, 181), fetched=False)
     ahead = [stored.item(path) for path in stored.objects]
     waited = ahead.pop()
-    throttled.throttle.set(latency=5.0)  # all of it must be asked for before any is answered
+    throttled.throttle.set(latency=60.0)  # all of it must be asked for before any is answered
     with served(cache_dir, credentials.secret(), **stored.settings(throttled)) as owner, stored.connection() as fetcher:
         async with asking(credentials.client("all")) as one, asking(credentials.client("all")) as other:
             urgencies = [Urgency(1) for _ in ahead]
@@ -183,10 +183,13 @@ async def test_what_somebody_waits_for_overtakes_what_any_node_fetches_ahead(thr
             urgencies[in_the_link].lift(0)
             urgencies[asked].lift(0)
             tasks.append(asyncio.create_task(other.get(owner.node, waited, fetch=True)))
-            await until(lambda: needs(fetcher) == 131)
-            await asyncio.sleep(0.5)  # the fetcher has been told, and looks for room
+            await until(lambda: needs(fetcher) >= 131)
+            before = 0
+            while before < (before := needs(fetcher)):  # until all have been told, and look for room
+                await asyncio.sleep(3.0)
             assert len(throttled.reads) == 64, "the machine was too slow for this test"
             throttled.throttle.set(latency=0.0)
+            throttled.throttle.let_pass()
             assert bytes_of(await asyncio.gather(*tasks)) == list(stored.objects.values())
     order = [f"{throttled.name}/{key}" for key in throttled.reads]
     assert set(order[64:67]) == {waited.path, ahead[in_the_link].path, ahead[asked].path}
@@ -251,6 +254,10 @@ async def test_one_request_after_the_other_goes_over_the_same_connection(bucket,
 
 async def test_what_was_given_is_in_memory_no_longer_than_its_reader_keeps_it(bucket, cache_dir, credentials):
     stored = Stored(bucket, cache_dir, photographs(bucket, 40))
+
+    def kept() -> list[Piece]:
+        return [o for o in gc.get_objects() if isinstance(o, Piece)]
+
     with served(cache_dir, credentials.secret()) as owner:
         async with asking(credentials.client("headers")) as peers:
             gc.collect()
@@ -258,11 +265,9 @@ async def test_what_was_given_is_in_memory_no_longer_than_its_reader_keeps_it(bu
             try:
                 for _ in range(5):
                     await asyncio.gather(*(peers.get(owner.node, stored.item(path)) for path in stored.objects))
-                await asyncio.sleep(0.5)  # the last END
-                kept = [o for o in gc.get_objects() if isinstance(o, Piece)]
+                await until(lambda: len(kept()) <= 1)  # when the last END has come
             finally:
                 gc.enable()
-            assert len(kept) <= 1
 
 
 # --- what goes wrong ------------------------------------------------------------------------------------------
@@ -307,6 +312,7 @@ async def test_an_owner_that_sees_the_bytes_heals_them_itself(throttled, cache_d
 async def test_an_owner_that_dies_or_stops_in_the_middle(bucket, cache_dir, credentials, monkeypatch, how):
     monkeypatch.setattr(link, "STALL_SECONDS", 0.5)
     monkeypatch.setattr(link, "CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr(health, "LEAST_PAUSE", 60.0)  # it is not tried again before it was looked at here
     stored = Stored(bucket, cache_dir, shard(bucket))
     ((path, data),) = stored.objects.items()
     blocks = [stored.item(path, offset=n % 2 * BLOCK_SIZE, length=BLOCK_SIZE) for n in range(32)]
@@ -368,7 +374,8 @@ async def test_a_restarted_owner_costs_no_failed_request(bucket, cache_dir, cred
             assert peers.status()[0].failures == 0
 
 
-async def test_a_node_that_nobody_is_at_fails_fast_and_then_faster(credentials):
+async def test_a_node_that_nobody_is_at_fails_fast_and_then_faster(credentials, monkeypatch):
+    monkeypatch.setattr(health, "LEAST_PAUSE", 60.0)
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         node = Node("owner", "127.0.0.1", closed.getsockname()[1], 1)
@@ -389,7 +396,7 @@ async def raw(owner, credentials, kind: str = "headers"):
     return channel, await credentials.client(kind).call(channel, owner.node.name)
 
 
-async def closed_by_peer(channel, seconds: float = 10.0) -> bool:
+async def closed_by_peer(channel, seconds: float = 60.0) -> bool:
     """Whether the other side hangs up, whatever it still sends before."""
     try:
         async with asyncio.timeout(seconds):
@@ -405,8 +412,8 @@ async def closed_by_peer(channel, seconds: float = 10.0) -> bool:
 async def test_overload_is_said_at_once_and_prefetch_is_refused_first(throttled, cache_dir, credentials):
     stored = Stored(throttled, cache_dir, photographs(throttled, 3), fetched=False)
     items = [stored.item(path) for path in stored.objects]
-    throttled.throttle.set(latency=1.5)
-    limits = {"requests": 2, "per_peer": 2, "prefetch": 1}
+    throttled.throttle.set(latency=60.0)  # nothing is answered before it is let pass
+    limits = {"requests": 2, "per_peer": 2, "prefetch": 1, "retry": 60_000}
     with served(cache_dir, credentials.secret(), limits=limits, **stored.settings(throttled)) as owner:
         async with asking(credentials.client("all")) as peers:
             waiting = asyncio.create_task(peers.get(owner.node, items[0], fetch=True))
@@ -418,12 +425,13 @@ async def test_overload_is_said_at_once_and_prefetch_is_refused_first(throttled,
             second = asyncio.create_task(peers.get(owner.node, items[1], fetch=True))
             while len(throttled.reads) < 2:
                 await asyncio.sleep(0.01)
-            began = time.monotonic()
             with pytest.raises(PeerBusy, match="too much to do"):
                 await peers.get(owner.node, items[2], fetch=True)
-            assert time.monotonic() - began < 1.0  # it was not kept waiting for those who were first
             with pytest.raises(PeerBusy, match="is busy"):  # not even asked
                 await peers.get(owner.node, items[2], fetch=True)
+            assert not waiting.done()  # it was not kept waiting for those who were first
+            assert not second.done()
+            throttled.throttle.let_pass()
             assert bytes((await waiting).data) == stored.objects[items[0].path]
             assert bytes((await second).data) == stored.objects[items[1].path]
             assert peers.status()[0].state == "closed"
@@ -437,7 +445,7 @@ async def test_machines_that_call_themselves_the_same_have_each_their_share(
     """As cloned ones do. A name that a certificate proves is one node, wherever it calls from."""
     stored = Stored(throttled, cache_dir, photographs(throttled, 2), fetched=False)
     first, second = (stored.item(path) for path in stored.objects)
-    throttled.throttle.set(latency=1.5)
+    throttled.throttle.set(latency=60.0)
     with served(cache_dir, credentials.server(kind), limits={"per_peer": 1}, **stored.settings(throttled)) as owner:
         async with (
             asking(credentials.client(kind)) as one,
@@ -447,11 +455,16 @@ async def test_machines_that_call_themselves_the_same_have_each_their_share(
             waiting = asyncio.create_task(one.get(owner.node, first, fetch=True))
             while not throttled.reads:
                 await asyncio.sleep(0.01)
-            (came,) = await all_of([other.get(from_elsewhere, second, fetch=True)])
+            asked = asyncio.create_task(other.get(from_elsewhere, second, fetch=True))
             if together:
-                assert isinstance(came, PeerBusy)
+                with pytest.raises(PeerBusy):
+                    await asked
             else:
-                assert bytes(came.data) == stored.objects[second.path]
+                await until(lambda: len(throttled.reads) == 2)
+            assert not waiting.done()
+            throttled.throttle.let_pass()
+            if not together:
+                assert bytes((await asked).data) == stored.objects[second.path]
             assert bytes((await waiting).data) == stored.objects[first.path]
 
 
@@ -466,7 +479,7 @@ async def test_where_few_files_may_be_open_fewer_connections_are_taken_and_the_l
         assert "ulimit" in owner.log.read_text()
         held = [await raw(owner, credentials) for _ in range(20)]
         with socket.create_connection((owner.node.host, owner.node.port)) as more:
-            more.settimeout(10)
+            more.settimeout(60)
             assert more.recv(1) == b""
         await until(lambda: "turned away" in owner.log.read_text())
         for channel, _ in held:
@@ -485,8 +498,10 @@ async def test_without_a_descriptor_left_a_server_waits_and_goes_on(bucket, cach
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (len(os.listdir(f"/proc/{pid}/fd")), limits[1]))
         with socket.create_connection((owner.node.host, owner.node.port)):
             await until(lambda: "ulimit" in owner.log.read_text())
+            began = time.monotonic()
             await asyncio.sleep(1.5)  # it looks again once a second, not all the time
-            assert owner.log.read_text().count("ulimit") <= 3
+            said = owner.log.read_text().count("ulimit")
+            assert said <= 2 + (time.monotonic() - began)
         resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
         async with asking(credentials.client("all")) as peers:
             assert bytes((await peers.get(owner.node, stored.item(path))).data) == stored.objects[path]
@@ -556,12 +571,12 @@ async def test_what_is_no_request_ends_the_connection_and_nothing_else(bucket, c
 async def test_connections_are_bounded_and_strangers_leave(bucket, cache_dir, credentials):
     stored = Stored(bucket, cache_dir, photographs(bucket, 1))
     ((path, data),) = stored.objects.items()
-    limits = {"strangers": 3, "handshake": 1.0, "idle": 1.0}
+    limits = {"strangers": 3, "handshake": 3.0, "idle": 1.0}
     with served(cache_dir, credentials.secret(), limits=limits) as owner:
         strangers = [await asyncio.open_connection(owner.node.host, owner.node.port) for _ in range(10)]
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             early = await asyncio.gather(*(reader.read() for reader, _ in strangers))
-        assert early == [b""] * 10  # seven at once, three after a second; none got a byte
+        assert early == [b""] * 10  # seven at once, three after three seconds; none got a byte
         async with asking(credentials.client("all")) as peers:
             assert bytes((await peers.get(owner.node, stored.item(path))).data) == data
         channel, _ = await raw(owner, credentials)

@@ -3,9 +3,7 @@
 import asyncio
 import itertools
 import os
-import shutil
 import socket
-import subprocess
 import time
 
 import pytest
@@ -19,6 +17,7 @@ from cachefs.config import CacheConfig
 from cachefs.digest import BLOCK_SIZE, version_ref
 from cachefs.errors import OriginError, PeerBusy, PeerError, PeerHasNot
 from cachefs.store import Store
+from cachefs_sidecar.testbed.network import network, why_no_network
 from tests.peers import Credentials, all_of, asking, served
 
 DATASET = "d5" * 16
@@ -274,41 +273,12 @@ async def test_whoever_gives_up_ends_both():
 # --- a network of its own -------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def link_up():
-    """A network namespace of a node "owner" at 10.99.7.1, and its link to this one: (namespace, both ends)."""
-    if not (shutil.which("ip") and shutil.which("tc")):
-        pytest.skip("needs ip and tc (package iproute2)")
-    name = f"cachefs-{os.getpid()}"
-    here, there = f"ch{os.getpid()}", f"ct{os.getpid()}"
-
-    def ip(*arguments: str) -> None:
-        subprocess.run(["ip", *arguments], check=True, capture_output=True)
-
-    try:
-        ip("netns", "add", name)
-        ip("link", "add", here, "type", "veth", "peer", "name", there, "netns", name)
-    except subprocess.CalledProcessError as error:
-        subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
-        pytest.skip(f"no network namespaces here: {error.stderr.decode().strip()}")
-    try:
-        ip("addr", "add", "10.99.7.2/30", "dev", here)
-        ip("link", "set", here, "up")
-        ip("-n", name, "addr", "add", "10.99.7.1/30", "dev", there)
-        ip("-n", name, "link", "set", there, "up")
-        ip("-n", name, "link", "set", "lo", "up")
-        yield name, here, there
-    finally:
-        subprocess.run(["ip", "link", "delete", here], check=False, capture_output=True)
-        subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
-
-
 @pytest.mark.needs_root
+@pytest.mark.skipif(bool(why_no_network()), reason=why_no_network())
 @pytest.mark.parametrize("kind", ["tls", "all"])
-async def test_a_link_that_is_cut_in_the_middle_and_comes_back(link_up, tmp_path, monkeypatch, kind):
+async def test_a_link_that_is_cut_in_the_middle_and_comes_back(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(link, "STALL_SECONDS", 0.5)
     monkeypatch.setattr(link, "CONNECT_SECONDS", 0.5)
-    namespace, interface, far = link_up
     home = tmp_path / "cache"
     store = Store.open(CacheConfig.make(home, min_free=0))
     data = [os.urandom(BLOCK_SIZE) for _ in range(8)]
@@ -316,15 +286,15 @@ async def test_a_link_that_is_cut_in_the_middle_and_comes_back(link_up, tmp_path
         store.put(content, links=[(DATASET, version_ref(f"bucket/{number}", "v1"))])
     items = [Item(DATASET, f"bucket/{number}", "v1", BLOCK_SIZE) for number in range(8)]
     credentials = Credentials(tmp_path / "pki")
-    # Slow enough that it is cut in the middle: 64 MiB take two seconds and a half.
-    enter = ("nsenter", f"--net=/run/netns/{namespace}")  # `ip netns exec` would hold copies of others' mounts
-    shape = f"tc qdisc add dev {far} root tbf rate 200mbit burst 256kb latency 50ms"
-    subprocess.run([*enter, *shape.split()], check=True)
-    with served(home, credentials.server(kind), prefix=enter, host="10.99.7.1") as owner:
+    with (
+        network(1) as (_, (host,)),
+        served(home, credentials.server(kind), prefix=tuple(host.prefix), host=host.address) as owner,
+    ):
+        host.slow("200mbit")  # so that it is cut in the middle: 64 MiB take two seconds and a half
         async with asking(credentials.client(kind)) as peers:
             waits = [asyncio.create_task(peers.get(owner.node, item)) for item in items]
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            subprocess.run(["ip", "link", "set", interface, "down"], check=True)
+            host.cut()
             came = await all_of(list(waits))
             lost = [what for what in came if isinstance(what, BaseException)]
             assert lost
@@ -335,7 +305,7 @@ async def test_a_link_that_is_cut_in_the_middle_and_comes_back(link_up, tmp_path
                 with pytest.raises(PeerError):
                     await peers.get(owner.node, items[0], deadline=2.0)
             assert peers.status()[0].state != "closed"
-            subprocess.run(["ip", "link", "set", interface, "up"], check=True)
+            host.mend()
             async with asyncio.timeout(30):
                 while True:
                     try:

@@ -9,15 +9,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
 from cachefs.cluster.nodes import Node
 from cachefs.cluster.placement import PLACEMENT_VERSION, Placement, _seed, object_key
-
-# A busy machine makes no test fail.
-unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 VECTORS = json.loads((Path(__file__).parent / "placement_v1.json").read_text())
 
@@ -49,7 +46,6 @@ clusters = st.dictionaries(names, st.integers(1, 2**50), min_size=1, max_size=12
 keys = st.binary(min_size=16, max_size=16)
 
 
-@unhurried
 @given(clusters, keys)
 def test_the_owner_is_the_node_of_the_greatest_weight_over_minus_log(weights, key):
     def score(name: str) -> float:
@@ -62,7 +58,6 @@ def test_the_owner_is_the_node_of_the_greatest_weight_over_minus_log(weights, ke
     assert all(before >= after or math.isclose(before, after) for before, after in itertools.pairwise(scores))
 
 
-@unhurried
 @given(clusters, keys, st.randoms())
 def test_nodes_agree_in_whatever_order_they_heard_of_each_other_and_wherever_they_are(weights, key, dice):
     here = [node(name, weight) for name, weight in weights.items()]
@@ -72,7 +67,6 @@ def test_nodes_agree_in_whatever_order_they_heard_of_each_other_and_wherever_the
     assert [n.name for n in ours] == [n.name for n in theirs]
 
 
-@unhurried
 @given(clusters.filter(lambda weights: len(weights) > 1), keys, st.data())
 def test_when_a_node_leaves_the_others_keep_their_order(weights, key, data):
     leaver = data.draw(st.sampled_from(sorted(weights)))
@@ -83,7 +77,6 @@ def test_when_a_node_leaves_the_others_keep_their_order(weights, key, data):
     assert after.owner(key).name == next(name for name in before if name != leaver)
 
 
-@unhurried
 @given(st.sets(names, min_size=1, max_size=12), keys)
 def test_equal_weights_need_no_logarithm(equal, key):
     placement = Placement(node(name, 7) for name in equal)

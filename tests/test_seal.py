@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
+import sqlite3
 import subprocess
 import time
 from collections.abc import Iterator
@@ -113,6 +116,21 @@ def wait_for_reads(photos: ThrottledBucket, count: int, process: subprocess.Pope
         time.sleep(0.01)
 
 
+def wait_until_kept(cache_dir: Path, process: subprocess.Popen[str]) -> None:
+    """Until keys that were gathered would outlive the process."""
+    copy = cache_dir.with_name("gathered")
+    while True:
+        assert process.poll() is None, process.communicate()
+        # The file is its process's alone while that lives. One that was copied while it was written is no database.
+        with contextlib.suppress(OSError, ValueError, sqlite3.DatabaseError):
+            (file,) = cache_dir.glob("catalogs/*/gathered.keys")
+            shutil.copy(file, copy)
+            with contextlib.closing(sqlite3.connect(copy)) as database:
+                if database.execute("SELECT count(*) FROM keys").fetchone() > (0,):
+                    return
+        time.sleep(0.01)
+
+
 def command(photos: ThrottledBucket, cache_dir: Path, *more: str) -> list[str]:
     url = f"{photos.url}/set"
     return [*script_of("seal", url, *s3(photos.options)), "-d", str(cache_dir), "--batch", "4", "--json", *more]
@@ -131,22 +149,24 @@ def end(process: subprocess.Popen[str]) -> dict[str, Any]:
 
 def test_a_dask_worker_that_is_killed(photos: ThrottledBucket, cache_dir: Path):
     with DaskCluster() as own:
-        photos.throttle.set(latency=0.1)
+        photos.throttle.set(latency=2.0)  # so it is not done before one is killed
         process = start(command(photos, cache_dir, *own.options))
         wait_for_reads(photos, 10, process)
         os.kill(own.pids[0], signal.SIGKILL)
         photos.throttle.set(latency=0)
+        photos.throttle.let_pass()
         assert end(process)["sealed"] == OBJECTS
     assert max(photos.reads.values()) <= 2
     assert keys_of(cache_dir) == RIGHT
 
 
 def test_a_process_that_is_killed(photos: ThrottledBucket, cache_dir: Path):
-    photos.throttle.set(latency=0.1)
+    photos.throttle.set(latency=2.0)  # so it is not done before one is killed
     process = start(command(photos, cache_dir))
-    wait_for_reads(photos, 10, process)
+    wait_for_reads(photos, 4, process)
     os.kill(workers_of(process)[0], signal.SIGKILL)
     photos.throttle.set(latency=0)
+    photos.throttle.let_pass()
     assert end(process)["sealed"] == OBJECTS
     assert max(photos.reads.values()) <= 2
     assert keys_of(cache_dir) == RIGHT
@@ -160,9 +180,9 @@ def workers_of(process: subprocess.Popen[str]) -> list[int]:
 
 
 def test_a_command_that_is_killed_goes_on(photos: ThrottledBucket, cache_dir: Path):
-    photos.throttle.set(latency=0.3)  # what was hashed is kept after a second
+    photos.throttle.set(latency=1.2)  # what was hashed is kept after a second
     process = start(command(photos, cache_dir))
-    wait_for_reads(photos, 48, process)
+    wait_until_kept(cache_dir, process)
     process.kill()
     process.communicate()
     before = photos.reads
@@ -178,11 +198,11 @@ def test_a_command_that_is_killed_goes_on(photos: ThrottledBucket, cache_dir: Pa
 @pytest.mark.parametrize("engine", ["local", "dask"])
 def test_ctrl_c_keeps_what_was_done(photos: ThrottledBucket, cache_dir: Path, dask: DaskCluster, engine: str):
     more = dask.options if engine == "dask" else ()
-    photos.throttle.set(latency=0.1)
+    photos.throttle.set(latency=1.2)
     process = start(command(photos, cache_dir, *more))
-    wait_for_reads(photos, 24, process)
+    wait_until_kept(cache_dir, process)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err == "cachefs: interrupted; what was done until now stays done\n"
     photos.throttle.set(latency=0)
@@ -192,10 +212,14 @@ def test_ctrl_c_keeps_what_was_done(photos: ThrottledBucket, cache_dir: Path, da
 
 
 def test_two_at_once(photos: ThrottledBucket, cache_dir: Path, cachefs: CommandLine):
-    photos.throttle.set(latency=0.1)
+    photos.throttle.set(latency=2.0)
     process = start(command(photos, cache_dir))
     wait_for_reads(photos, 4, process)
-    cachefs("seal", f"{photos.url}/set", *s3(photos.options)).failed(4, "another process is sealing")
+    process.send_signal(signal.SIGSTOP)  # it is not done before the other one has looked
+    try:
+        cachefs("seal", f"{photos.url}/set", *s3(photos.options)).failed(4, "another process is sealing")
+    finally:
+        process.send_signal(signal.SIGCONT)
     photos.throttle.set(latency=0)
     assert end(process)["sealed"] == OBJECTS
 

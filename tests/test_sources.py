@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from etcd3gw.watch import Watcher
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cachefs.cluster import membership as membership_module
@@ -29,10 +29,8 @@ from cachefs.cluster.sources import open_source
 from cachefs.cluster.sources import static as static_module
 from cachefs.cluster.sources.slurm import MOST, expand
 from cachefs.errors import ConfigError
-from tests.cluster_servers import Dnsmasq, Etcd, KubernetesAPI, endpoint, free_port
-
-# A busy machine makes no test fail.
-unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+from cachefs_sidecar.testbed.ports import reserved_ports
+from tests.cluster_servers import Dnsmasq, Etcd, KubernetesAPI, endpoint
 
 ME = Node("me", "192.0.2.250", 7070, 1 << 30)
 
@@ -191,7 +189,6 @@ numbers = st.tuples(st.integers(0, 5000), st.integers(0, 40), st.integers(1, 6))
 pieces = st.one_of(st.from_regex(r"[a-z][a-z0-9.\-]{0,5}", fullmatch=True), st.lists(numbers, min_size=1, max_size=3))
 
 
-@unhurried
 @given(st.lists(st.lists(pieces, min_size=1, max_size=3), max_size=4))
 def test_every_list_that_can_be_written_means_what_it_says(items: list[list[str | list[tuple[int, int, int]]]]):
     written, meant = [], []
@@ -214,7 +211,6 @@ def test_every_list_that_can_be_written_means_what_it_says(items: list[list[str 
     assert expand(",".join(written)) == list(dict.fromkeys(meant))
 
 
-@unhurried
 @given(st.text(alphabet="ab019[]-, ", max_size=25) | st.text(max_size=25))
 def test_no_text_makes_the_expansion_fail_in_another_way(text: str):
     with contextlib.suppress(ConfigError):
@@ -281,7 +277,7 @@ async def test_addresses_of_a_headless_service_come_and_go(dnsmasq: Dnsmasq):
         assert len(members.view) == 3
         dnsmasq.say(hosts=["192.0.2.3"])
         await until(members, "192.0.2.3:7070")
-        assert members.trouble == ""
+        await until_true(lambda: not members.trouble)  # it may have had no answer in time since
 
 
 @needs_dnsmasq
@@ -410,10 +406,13 @@ async def test_without_a_cluster_around_it_kubernetes_says_so(tmp_path: Path, mo
 
 @pytest.fixture
 def etcd(tmp_path: Path) -> Iterator[Etcd]:
-    server = Etcd(tmp_path / "etcd")
-    server.start()
-    yield server
-    server.stop()
+    with reserved_ports(2) as ports:
+        server = Etcd(tmp_path / "etcd", *ports)
+        try:
+            server.start()
+            yield server
+        finally:
+            server.stop()
 
 
 MEMBER = """
@@ -513,9 +512,10 @@ async def test_an_etcd_that_hangs_leaves_the_view(etcd: Etcd, monkeypatch: pytes
 
 @needs_etcd
 async def test_the_next_etcd_is_asked_when_one_fails(etcd: Etcd):
-    async with following(f"etcd://127.0.0.1:{free_port()},127.0.0.1:{etcd.port}/nodes?ttl=2") as members:
-        await until_true(lambda: "nodes/me" in etcd.all_keys())
-        await until(members, "me")
+    with reserved_ports(1) as (nobodys,):
+        async with following(f"etcd://127.0.0.1:{nobodys},127.0.0.1:{etcd.port}/nodes?ttl=2") as members:
+            await until_true(lambda: "nodes/me" in etcd.all_keys())
+            await until(members, "me")
 
 
 @needs_etcd

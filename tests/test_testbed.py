@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,18 @@ def test_latency_is_per_request(throttled):
             s3.get_object(Bucket=throttled.name, Key=path.partition("/")[2])["Body"].read()
 
     assert soonest(three, limit=0.9, least=0.3) < 0.9
+
+
+def test_what_waits_for_its_latency_may_be_let_pass(throttled):
+    throttled.put("a.bin", b"x")
+    s3 = client(throttled.options)
+    throttled.throttle.set(latency=60.0)
+    with ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(lambda: s3.get_object(Bucket=throttled.name, Key="a.bin")["Body"].read())
+        while not throttled.reads:
+            time.sleep(0.01)
+        throttled.throttle.let_pass()
+        assert waits.result(30) == b"x"
 
 
 def test_bandwidth_per_connection_and_in_total(throttled):

@@ -20,7 +20,7 @@ from cachefs_sidecar.testbed import S3Server, stop_fetcher
 from tests.command_line import CommandLine, credentials, s3
 from tests.conftest import ThrottledBucket
 from tests.dask_cluster import DaskHosts
-from tests.nodes import cluster
+from tests.nodes import cluster, slow_reads
 
 OBJECTS = 60
 HOSTS = ("127.0.0.2", "127.0.0.3", "127.0.0.4")
@@ -69,6 +69,7 @@ def test_each_machine_its_share(cachefs: CommandLine, photos: ThrottledBucket, h
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_in_a_cluster_of_caches_each_node_gets_what_it_owns(
     cachefs: CommandLine, photos: ThrottledBucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -93,21 +94,25 @@ def test_in_a_cluster_of_caches_each_node_gets_what_it_owns(
         known = {entry.path: entry for entry in nodes[1].connection.entries(f"{photos.name}/set", recursive=True)}
         for path, entry in known.items():
             nodes[1].read(path, entry.version, entry.size)
-        assert sum(photos.reads.values()) == OBJECTS
-        assert nodes[1].counters()["peer_reads"] == OBJECTS - shares[nodes[1].name]
+        slow = len(slow_reads(nodes))
+        assert OBJECTS <= sum(photos.reads.values()) <= OBJECTS + 2 * slow
+        others = OBJECTS - shares[nodes[1].name]
+        assert others - slow <= nodes[1].counters()["peer_reads"] <= others
 
 
 def test_a_machine_that_is_killed(
     cachefs: CommandLine, photos: ThrottledBucket, hosts: DaskHosts, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(dask_engine, "LOOK_SECONDS", 0.2)
-    photos.throttle.set(latency=1.0)
+    photos.throttle.delay(8.0, "*.jpg")  # nobody is done before one is killed
 
     def kill() -> None:
-        while not photos.reads:
+        deadline = time.monotonic() + 60
+        while not photos.reads and time.monotonic() < deadline:
             time.sleep(0.01)
         hosts.workers[HOSTS[0]].kill()
-        photos.throttle.set(latency=0)
+        photos.throttle.heal()
+        photos.throttle.let_pass()
 
     killer = threading.Thread(target=kill)
     killer.start()

@@ -134,6 +134,11 @@ class Exchange(asyncio.Protocol):
         self.latency = self.proxy.loop.call_later(delay, self._latency_passed) if delay else None
         self._flush()
 
+    def let_pass(self) -> None:
+        if self.latency is not None:
+            self.latency.cancel()
+            self._latency_passed()
+
     def _latency_passed(self) -> None:
         self.latency = None
         self._flush()

@@ -12,9 +12,8 @@ import signal
 import time
 from pathlib import Path
 
-# A fetcher that is asked to end finishes its writes first, on a disk that others may keep busy for seconds; longer than
-# this means that it hangs.
-GRACE_SECONDS = 30.0
+# A fetcher that is asked to end finishes its writes first; longer than this means that it hangs, on any machine.
+GRACE_SECONDS = 60.0
 
 
 def fetcher_pid(home: Path) -> int | None:

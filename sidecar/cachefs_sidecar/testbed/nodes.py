@@ -22,7 +22,6 @@ from cachefs.config import CacheConfig
 from cachefs.digest import KEY_BYTES
 from cachefs_sidecar.testbed.fetchers import stop_fetcher
 from cachefs_sidecar.testbed.network import Host
-from cachefs_sidecar.testbed.ports import free_port
 from cachefs_sidecar.testbed.tether import start_tethered
 
 # Until a node serves, and until it knows of the others: eight take 20 s to start on two cores with ten times the work.
@@ -192,13 +191,6 @@ def certificates(folder: Path) -> list[str]:
     authority = make_authority(folder / "pki")
     certificate, key = issue(folder / "pki", "127.0.0.1")
     return ["--ca", str(authority), "--certificate", str(certificate), "--key", str(key), "--name", "127.0.0.1"]
-
-
-def free_ports(count: int) -> list[int]:
-    ports: set[int] = set()
-    while len(ports) < count:
-        ports.add(free_port())
-    return list(ports)
 
 
 def flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

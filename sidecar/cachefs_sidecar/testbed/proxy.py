@@ -113,6 +113,9 @@ class Proxy:
                 return asdict(counted)
             case "fault":
                 self.faults.append(Fault(order["kind"], order["pattern"], order["amount"], order["times"]))
+            case "let pass":
+                for exchange in list(self.exchanges):
+                    exchange.let_pass()
             case "refuse":
                 self.refuse()
             case "heal":

@@ -23,7 +23,7 @@ from cachefs_sidecar.testbed.ports import free_port
 from cachefs_sidecar.testbed.tether import start_tethered
 
 # rclone answers about 0.1 s after it was started; a machine that is busy with everything else takes longer.
-START_SECONDS = 20.0
+START_SECONDS = 60.0
 
 # How long rclone may need after SIGTERM before it is killed. It has nothing to save.
 STOP_SECONDS = 2.0

@@ -145,6 +145,10 @@ class Throttle:
         self._settings.update(changes)
         self._order("settings", **self._settings)
 
+    def let_pass(self) -> None:
+        """Send on at once what waits for its latency, or for a delay, to pass."""
+        self._order("let pass")
+
     def hang(self, pattern: str = "*", *, times: int | None = None) -> None:
         """Accept requests for matching objects and never answer them."""
         self._fault("hang", pattern, 0, times)
