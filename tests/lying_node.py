@@ -54,9 +54,9 @@ class Cuts(Stops):
 
 if __name__ == "__main__":
     kind = sys.argv.pop(1)
+    vars(sending)["Frame"] = Changes
     if kind == "wrong":
         vars(framing)["digest"] = wrong
-        vars(sending)["Frame"] = Changes
     else:
         vars(serving)["AT_ONCE_ITEMS"] = 0  # a thread stops in the middle: the loop has others to answer
         vars(serving)["Outbox"] = {"stops": Stops, "cuts": Cuts}[kind]

@@ -20,7 +20,7 @@ from cachefs.cluster.peers import gathering, link
 from cachefs.cluster.peers.receiving import Piece
 from cachefs.cluster.peers.wire import MOST_BYTES, MOST_ITEMS, Item, Request, Status, encode
 from cachefs.digest import BLOCK_SIZE, content_key
-from cachefs.errors import PeerBusy, PeerError, PeerHasNot, PeerTimeout, PeerWrong
+from cachefs.errors import PeerBusy, PeerError, PeerHasNot, PeerTimeout
 from tests.peers import KINDS, Credentials, Stored, all_of, asking, corrupt, in_the_middle, served
 
 
@@ -572,7 +572,10 @@ async def test_a_wrong_answer_is_reported_in_the_log(bucket, cache_dir, credenti
     corrupt(cache_dir, len(data))
     with served(cache_dir, credentials.secret()) as owner:
         async with asking(credentials.client("headers")) as peers:
-            with pytest.raises(PeerWrong):
+            with pytest.raises(PeerHasNot):
                 await peers.get(owner.node, stored.item(path))
-    assert "owner: " in caplog.text
+            assert f"owner: {path}: came with bytes that do not match their digest" in caplog.text
+            peers.wrong(owner.node, "it lies")
+            with pytest.raises(PeerBusy):
+                await peers.get(owner.node, stored.item(path))
     assert "left alone" in caplog.text
