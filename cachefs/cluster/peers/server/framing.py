@@ -1,8 +1,8 @@
 """One frame, put together in memory: entries, and the bytes of small objects behind them.
 
 The bytes are read to their place first; how long the table is to be is known only when all are there, so it is put
-before them, up to where they begin. Of files that the kernel sends by itself (`direct`) only the entries are here; they
-are read only where their digest or their tag is not known yet.
+before them, up to where they begin. Of files that the kernel sends by itself only the entries are here: those whose
+digest and tag are known already.
 """
 
 from __future__ import annotations
@@ -52,12 +52,13 @@ class Damaged(Exception):
 
 class Frame:
     """Used again for each frame of an answer. entries: how many are in it. bodies: what the kernel is to send after it,
-    which whoever takes them closes. resident: nothing is waited for; what is not in memory raises BlockingIOError.
+    which whoever takes them closes. direct: it may send files. resident: nothing is waited for; what is not in memory
+    raises BlockingIOError.
     """
 
     def __init__(self, session: Session, *, direct: bool = False, resident: bool = False) -> None:
         self._session = session
-        self._direct = direct
+        self._may_be_direct = direct
         self._resident = resident
         self._buffer = bytearray()
         self.clear()
@@ -68,6 +69,7 @@ class Frame:
         self._table: list[bytes] = []
         self._names: list[bytes] = []
         self._names_bytes = self._length = self.entries = 0
+        self._direct: bool | None = None  # as its first object is
         self.bodies: list[Piece] = []
 
     def close(self) -> None:
@@ -96,6 +98,8 @@ class Frame:
 
     def add_bytes(self, piece: Piece) -> None:
         """Raises Damaged when they are not what was stored, OSError when they cannot be read."""
+        if self._direct is None:
+            self._direct = self._may_be_direct and self._known(piece) is not None
         found, mark = self._noted(piece) if self._direct else self._read(piece)
         name = piece.version.encode() if piece.version else b""
         self.add(
@@ -131,13 +135,16 @@ class Frame:
         return frame
 
     def _noted(self, piece: Piece) -> tuple[bytes, bytes]:
-        """(digest, mark) as they were noted, or of what is there now."""
-        tagger = self._session.tagger
-        if piece.digest is not None and not piece.look:
-            mark = tagger.kept(piece.digest) if tagger else NO_MARK
-            if mark is not None:
-                return piece.digest, mark
-        return self._signed(piece, self._place(piece, 0))
+        """(digest, mark) as they were noted. Where they were not, it is read for them, and sent from its file all the
+        same: in a frame there are files or memory.
+        """
+        return self._known(piece) or self._signed(piece, self._place(piece, 0))
+
+    def _known(self, piece: Piece) -> tuple[bytes, bytes] | None:
+        if piece.digest is None or piece.look:
+            return None
+        mark = self._session.tagger.kept(piece.digest) if self._session.tagger else NO_MARK
+        return None if mark is None else (piece.digest, mark)
 
     def _read(self, piece: Piece) -> tuple[bytes, bytes]:
         """To its place; digest and mark of what came."""
