@@ -65,8 +65,18 @@ SERVER_CORE, CLIENT_CORE = 0, 1
 READERS = 256
 
 
-# What is sealed: the headers of frames, all of their bytes, or all of the connection.
-COVERS = ("headers", "all", "tls")
+# What is sealed: the headers of frames, the objects' bytes as well, the same of objects that were not given before, or
+# all of the connection.
+COVERS = ("headers", "all", "new", "tls")
+
+# A server that keeps no tag of what it gave.
+FORGETFUL = """
+from functools import partial
+from cachefs.cluster.peers import tags, trust
+vars(trust)["Tagger"] = partial(tags.Tagger, slots=1)
+from cachefs.cluster.peers.server.__main__ import main
+main()
+"""
 
 
 class Figure(NamedTuple):
@@ -110,13 +120,19 @@ def measure(folder: Path, rounds: int, seconds: int, covers: Sequence[str]) -> d
     secret = {"secret": str(folder / "pki/secret")}
     tls = {"ca": "ca.pem", "certificate": "owner.pem", "key": "owner.key"}
     tls = {field: str(folder / "pki" / file) for field, file in tls.items()}
-    with serving(folder, secret) as by_secret, serving(folder, tls) as by_tls:
+    module = ("-m", "cachefs.cluster.peers.server")
+    with (
+        serving(folder, secret, *module) as by_secret,
+        serving(folder, secret, "-c", FORGETFUL) as forgetful,
+        serving(folder, tls, *module) as by_tls,
+    ):
+        servers = {"tls": (by_tls, "tls"), "new": (forgetful, "secret, all, new")}
         for _ in range(rounds):
             if shutil.which("nginx") and shutil.which("wrk"):
                 note("nginx and wrk", nginx(folder, seconds))
             for cover in covers:
                 trust = _trust(folder, cover)
-                server, title = (by_tls, "tls") if cover == "tls" else (by_secret, f"secret, {cover}")
+                server, title = servers.get(cover, (by_secret, f"secret, {cover}"))
                 for name, together in (("single", 1), ("batched", 256)):
                     note(f"{title}, {name}", ours(server, trust, together, seconds))
     return noted
@@ -125,7 +141,7 @@ def measure(folder: Path, rounds: int, seconds: int, covers: Sequence[str]) -> d
 def _trust(folder: Path, cover: str) -> Trust:
     if cover == "tls":
         return TlsTrust("reader", folder / "pki/ca.pem", folder / "pki/reader.pem", folder / "pki/reader.key")
-    return SecretTrust.load("reader", folder / "pki/secret", cover=cover)
+    return SecretTrust.load("reader", folder / "pki/secret", cover="headers" if cover == "headers" else "all")
 
 
 def make(folder: Path) -> None:
@@ -148,9 +164,9 @@ def cpu(pid: int) -> float:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, trust: dict[str, str]) -> Iterator[tuple[Node, int]]:
-    """(the node, its pid)"""
-    command = ["taskset", "-c", str(SERVER_CORE), sys.executable, "-m", "cachefs.cluster.peers.server"]
+def serving(folder: Path, trust: dict[str, str], *program: str) -> Iterator[tuple[Node, int]]:
+    """(the node, its pid). program: what Python runs."""
+    command = ["taskset", "-c", str(SERVER_CORE), sys.executable, *program]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdin is not None
     assert process.stdout is not None

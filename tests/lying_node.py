@@ -9,6 +9,7 @@ import sys
 import time
 
 from cachefs.cluster.peers.server import framing, sending, serving
+from cachefs.cluster.peers.trust import Session
 from cachefs.digest import digest
 from cachefs_sidecar.cli import main
 
@@ -22,6 +23,13 @@ def wrong(view: memoryview) -> bytes:
     if len(view) > _OBJECT:
         view[_OBJECT // 2] ^= 1
     return found
+
+
+class Changes(framing.Frame):
+    """In memory, where it can be changed; files are sent by the kernel."""
+
+    def __init__(self, session: Session, *, direct: bool = False, resident: bool = False) -> None:
+        super().__init__(session, resident=resident)
 
 
 class Stops(sending.Outbox):
@@ -46,6 +54,7 @@ class Cuts(Stops):
 
 if __name__ == "__main__":
     kind = sys.argv.pop(1)
+    vars(sending)["Frame"] = Changes
     if kind == "wrong":
         vars(framing)["digest"] = wrong
     else:

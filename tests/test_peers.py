@@ -17,11 +17,10 @@ from cachefs.budget import Urgency
 from cachefs.client import Connection
 from cachefs.cluster.nodes import Node
 from cachefs.cluster.peers import gathering, health, link
-from cachefs.cluster.peers.race import first
 from cachefs.cluster.peers.receiving import Piece
 from cachefs.cluster.peers.wire import MOST_BYTES, MOST_ITEMS, Item, Request, Status, encode
 from cachefs.digest import BLOCK_SIZE, content_key
-from cachefs.errors import PeerBusy, PeerError, PeerHasNot, PeerTimeout, PeerWrong
+from cachefs.errors import PeerBusy, PeerError, PeerHasNot, PeerTimeout
 from tests.peers import KINDS, Credentials, Stored, all_of, asking, corrupt, in_the_middle, served
 
 
@@ -273,34 +272,17 @@ async def test_what_was_given_is_in_memory_no_longer_than_its_reader_keeps_it(bu
 # --- what goes wrong ------------------------------------------------------------------------------------------
 
 
-async def test_bytes_that_rotted_at_the_owner_are_found_and_come_from_elsewhere(bucket, cache_dir, credentials):
-    stored = Stored(bucket, cache_dir, photographs(bucket, 3))
-    path, data = next(iter(stored.objects.items()))
-    assert corrupt(cache_dir, len(data)) == 1
-    with served(cache_dir, credentials.secret()) as owner:
-        async with asking(credentials.client("headers")) as peers:
-
-            async def origin() -> bytes:
-                return data
-
-            async def peer() -> bytes:
-                return bytes((await peers.get(owner.node, stored.item(path))).data)
-
-            assert await first(peer, origin, after=10.0) == data
-            with pytest.raises(PeerBusy, match="left alone"):
-                await peers.get(owner.node, stored.item(path))
-            (state,) = peers.status()
-            assert (state.state, state.wrong) == ("open", 1)
-            assert "do not match their digest" in state.last_failure
-
-
-@pytest.mark.parametrize("kind", ["tls", "all"])
-async def test_an_owner_that_sees_the_bytes_heals_them_itself(throttled, cache_dir, credentials, kind):
+@pytest.mark.parametrize("given", [False, True], ids=["new", "given"])
+@pytest.mark.parametrize("kind", ["tls", "all", "headers"])
+async def test_bytes_that_rotted_at_the_owner_are_healed_there(throttled, cache_dir, credentials, kind, given):
+    """Also where it sends files unread: who finds them wrong has it look, before it thinks that the owner lies."""
     stored = Stored(throttled, cache_dir, photographs(throttled, 3))
     path, data = next(iter(stored.objects.items()))
-    corrupt(cache_dir, len(data))
     with served(cache_dir, credentials.server(kind), **stored.settings(throttled)) as owner:
         async with asking(credentials.client(kind)) as peers:
+            if given:
+                assert bytes((await peers.get(owner.node, stored.item(path), fetch=True)).data) == data
+            assert corrupt(cache_dir, len(data)) == 1
             with pytest.raises(PeerHasNot):
                 await peers.get(owner.node, stored.item(path))
             assert bytes((await peers.get(owner.node, stored.item(path), fetch=True)).data) == data
@@ -605,7 +587,10 @@ async def test_a_wrong_answer_is_reported_in_the_log(bucket, cache_dir, credenti
     corrupt(cache_dir, len(data))
     with served(cache_dir, credentials.secret()) as owner:
         async with asking(credentials.client("headers")) as peers:
-            with pytest.raises(PeerWrong):
+            with pytest.raises(PeerHasNot):
                 await peers.get(owner.node, stored.item(path))
-    assert "owner: " in caplog.text
+            assert f"owner: {path}: came with bytes that do not match their digest" in caplog.text
+            peers.wrong(owner.node, "it lies")
+            with pytest.raises(PeerBusy):
+                await peers.get(owner.node, stored.item(path))
     assert "left alone" in caplog.text

@@ -252,32 +252,46 @@ async def test_a_server_cannot_be_played_by_an_echo(credentials):
         server.close()
 
 
-def flip(after: int):
-    """Changes one bit of what passes, once `after` bytes have."""
+def flip(*places: int):
+    """Changes one bit of what passes at each of these places."""
     passed = 0
 
     def change(data: bytes) -> bytes:
         nonlocal passed
-        at, passed = after - passed, passed + len(data)
-        if 0 <= at < len(data):
-            changed = bytearray(data)
-            changed[at] ^= 4
-            return bytes(changed)
-        return data
+        changed = bytearray(data)
+        for place in places:
+            if 0 <= place - passed < len(data):
+                changed[place - passed] ^= 4
+        passed += len(data)
+        return bytes(changed)
 
     return change
+
+
+# Beyond all handshakes, which are shorter, and before the end of the object.
+WITHIN = 50_000
 
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_bytes_that_are_changed_on_the_way_are_found(home, credentials, kind):
     with served(home, credentials.server(kind)) as owner:
-        # Beyond all handshakes, which are shorter, and before the end of the object.
-        async with in_the_middle(owner.node, down=flip(50_000)) as node, asking(credentials.client(kind)) as peers:
+        change = flip(WITHIN, WITHIN + len(CONTENT))  # of the first answer, and of the second
+        async with in_the_middle(owner.node, down=change) as node, asking(credentials.client(kind)) as peers:
             with pytest.raises(PeerError):
                 await peers.get(node, ITEM)
             (state,) = peers.status()
             assert state.failures == 1
             assert state.objects == 0
+
+
+@pytest.mark.parametrize("kind", ["all", "headers"])
+async def test_bytes_that_are_changed_once_are_asked_for_again(home, credentials, kind, caplog):
+    with served(home, credentials.server(kind)) as owner:
+        async with in_the_middle(owner.node, down=flip(WITHIN)) as node, asking(credentials.client(kind)) as peers:
+            assert bytes((await peers.get(node, ITEM)).data) == CONTENT
+            (state,) = peers.status()
+            assert (state.failures, state.objects) == (0, 1)
+    assert "do not match their digest" in caplog.text
 
 
 @pytest.mark.parametrize("at", [10, 50, 80, 110, 140, 165])

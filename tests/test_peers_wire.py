@@ -1,14 +1,17 @@
 """Bytes from peers are believed in nothing: frames, requests and greetings of every kind, right, changed and random."""
 
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from cachefs.cluster.peers import trust, wire
-from cachefs.cluster.peers.receiving import Answer, Piece
+from cachefs.cluster.peers.receiving import Answer, Piece, Unlike
+from cachefs.cluster.peers.tags import Checker, Tagger
 from cachefs.cluster.peers.trust import Seal, Session
 from cachefs.cluster.peers.wire import ENTRY_BYTES, HEADER_BYTES, Item, Request, Status
 from cachefs.digest import BLOCK_SIZE, content_key, digest
@@ -19,12 +22,17 @@ TLS = Session("owner")
 
 def sealed(*, whole: bool) -> tuple[Session, Session]:
     """(the server's, the client's)"""
-    one, other = bytes(32), bytes([1]) * 32
-    return Session("c", Seal(one), Seal(other), whole), Session("s", Seal(other), Seal(one), whole)
+    one, other, objects = (bytes([n]) * 32 for n in range(3))
+    server, client = Session("c", Seal(one), Seal(other)), Session("s", Seal(other), Seal(one))
+    if not whole:
+        return server, client
+    return replace(server, tagger=Tagger(objects, slots=64)), replace(client, checker=Checker(objects))
 
 
-def entry(index: int, data: bytes, **changes) -> bytes:
+def entry(index: int, data: bytes, session: Session = TLS, **changes) -> bytes:
     fields = {"size": len(data), "length": len(data), "key": content_key(data), "digest": digest(data), **changes}
+    if session.tagger and "mark" not in fields:
+        fields["mark"] = session.tagger.kept(digest(data)) or session.tagger.mark(digest(data), data)
     return wire.pack_entry(Status.OK, index, **fields)
 
 
@@ -35,16 +43,12 @@ def bundle(table_of: list[bytes], body: bytes = b"", session: Session = TLS, *, 
     """A frame. changes: what its header says and is not so."""
     says = {"entries": len(table_of), "names": len(names), "length": len(body), **changes}
     table = bytearray(wire.pack_header(**says) + b"".join(table_of) + names)
-    if session.whole:
-        table += body
-        session.seal_frame(table)
-        return bytes(table)
-    session.seal_frame(table)
+    session.seal_table(table)
     return bytes(table + body)
 
 
 def frame(index: int, data: bytes, session: Session = TLS, **changes) -> bytes:
-    return bundle([entry(index, data, **changes)], data, session)
+    return bundle([entry(index, data, session, **changes)], data, session)
 
 
 def end(session: Session = TLS) -> bytes:
@@ -55,7 +59,7 @@ def receive(stream: bytes, items: list[Item], session: Session = TLS) -> tuple[d
     """What comes of a stream, whatever it is. Raises PeerWrong; EOFError when it ends too early."""
     came: dict[int, Any] = {}
 
-    def arrived(index: int, what: Piece | Status) -> None:
+    def arrived(index: int, what: Piece | Status | Unlike) -> None:
         assert index not in came
         came[index] = what
 
@@ -82,7 +86,9 @@ def apart(session: Session = TLS) -> bytes:
 def together(session: Session = TLS) -> bytes:
     """All in one frame."""
     numbered = list(enumerate(CONTENTS))[::-1]
-    return bundle([*(entry(n, data) for n, data in numbered), END], b"".join(data for _, data in numbered), session)
+    return bundle(
+        [*(entry(n, data, session) for n, data in numbered), END], b"".join(data for _, data in numbered), session
+    )
 
 
 STREAMS = (apart, together)
@@ -122,8 +128,54 @@ def test_no_bit_of_a_sealed_answer_can_be_changed(whole, stream, data):
     at = data.draw(st.integers(0, len(right) - 1))
     right[at] ^= 1 << data.draw(st.integers(0, 7))
     # A length that was changed may be noticed only when nothing more comes.
-    with pytest.raises((PeerWrong, EOFError)):
-        receive(bytes(right), ITEMS, client)
+    with contextlib.suppress(PeerWrong, EOFError):
+        came, _ = receive(bytes(right), ITEMS, client)
+        assert [n for n, what in came.items() if isinstance(what, Unlike)] == [
+            n for n in came if not right_one(came, n)
+        ]
+        assert not all(right_one(came, n) for n in range(len(CONTENTS)))
+
+
+def right_one(came: dict[int, Any], n: int) -> bool:
+    return isinstance(came[n], Piece) and bytes(came[n].data) == CONTENTS[n]
+
+
+def test_what_does_not_match_its_digest_is_asked_for_once_more_and_then_the_peer_lies():
+    lie = frame(1, b"One", digest=digest(b"one"), key=digest(b"one"))
+    came, _ = receive(lie + apart().replace(frame(1, b"one"), b""), ITEMS)
+    assert isinstance(came[1], Unlike)
+    assert right_one(came, 0)
+    assert right_one(came, 2)
+    with pytest.raises(PeerWrong, match="digest"):
+        receive(lie, [structs.replace(item, look=True) for item in ITEMS])
+
+
+def test_other_bytes_of_the_same_digest_do_not_have_its_tag():
+    server, client = sealed(whole=True)
+    assert server.tagger is not None
+    other = server.tagger.mark(digest(b"two"), b"two")
+    for mark in (other, other[:8] + bytes(16), bytes(24)):
+        server, client = sealed(whole=True)
+        with pytest.raises(PeerWrong, match="sign"):
+            receive(frame(1, b"one", server, mark=mark), ITEMS, client)
+    server, client = sealed(whole=False)  # where nobody asked for tags none are looked at
+    stream = frame(1, b"one", server, mark=other) + frame(0, b"", server) + end(server)
+    assert right_one(receive(stream, ITEMS[:2], client)[0], 1)
+
+
+def test_a_tag_is_made_once_and_what_takes_its_place_is_not_taken_for_it():
+    tagger, checker = Tagger(bytes(32), slots=1), Checker(bytes(32))
+    one = tagger.mark(digest(b"one"), b"one")
+    assert tagger.kept(digest(b"one")) == one
+    assert tagger.kept(digest(b"two")) is None
+    two = tagger.mark(digest(b"two"), b"two")
+    assert tagger.kept(digest(b"one")) is None
+    assert one[:8] != two[:8]  # a number is used once
+    checker.check(b"one", one)
+    checker.check(b"two", two)
+    for key, data, mark in ((bytes(32), b"one", two), (bytes(32), b"one", two[:8] + one[8:]), (b"k" * 32, b"one", one)):
+        with pytest.raises(PeerWrong):
+            Checker(key).check(data, mark)
 
 
 def test_frames_cannot_be_dropped_repeated_or_exchanged():
@@ -159,7 +211,6 @@ def test_random_bytes_are_no_answer(data):
     [
         frame(3, b"x"),  # there is no such item
         frame(1, b"one") + frame(1, b"one"),
-        frame(1, b"One", digest=digest(b"one"), key=digest(b"one")),
         frame(1, b"one", key=digest(b"other")),
         frame(1, b"another size"),
         frame(1, b"on", size=3),
@@ -178,7 +229,7 @@ def test_random_bytes_are_no_answer(data):
         bundle([entry(1, b"one", name_length=9)], b"one", names=bytes(9), entries=0),
         end(),  # and nothing of any item
     ],
-    ids=range(20),
+    ids=range(19),
 )
 def test_what_is_no_answer_to_the_request_is_refused(wrong):
     with pytest.raises(PeerWrong):

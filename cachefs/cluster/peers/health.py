@@ -95,7 +95,7 @@ class Health:
         self._in_a_row = self._late = self._empty = self._in_vain = 0
         self._pause = LEAST_PAUSE
         self._wrong_pause = WRONG_PAUSE
-        self._until = 0.0
+        self._until = self._distrusted_until = 0.0
         self.caution = 1.0  # times the usual hedge
         self._open = False
         self._trying = False
@@ -172,7 +172,8 @@ class Health:
         self.seconds += seconds
         self._in_a_row = 0
         self._trying = False
-        if self._empty < MOST_FAILURES:
+        # What was under way when it sent something wrong says nothing against that.
+        if self._empty < MOST_FAILURES and self._clock() >= self._distrusted_until:
             self._open = False
             self._pause = LEAST_PAUSE
 
@@ -200,6 +201,7 @@ class Health:
         self.wrong += 1
         self.last_failure = why
         self._leave_alone(self._wrong_pause)
+        self._distrusted_until = self._until
         self._wrong_pause = min(MOST_WRONG_PAUSE, 2 * self._wrong_pause)
 
     def _leave_alone(self, seconds: float) -> None:

@@ -21,7 +21,7 @@ from cachefs.cluster.nodes import Node
 from cachefs.cluster.peers.channel import Channel
 from cachefs.cluster.peers.gathering import Ask, Lane
 from cachefs.cluster.peers.health import Health
-from cachefs.cluster.peers.receiving import Answer, Piece
+from cachefs.cluster.peers.receiving import Answer, Piece, Unlike
 from cachefs.cluster.peers.trust import Session, Trust
 from cachefs.cluster.peers.wire import Item, Request, Status, encode
 from cachefs.errors import PeerBusy, PeerError, PeerHasNot, PeerRefused, PeerTimeout, PeerWrong
@@ -321,7 +321,13 @@ class Link:
             raise PeerBusy("has too much to do")
         self.health.well(self._loop.time() - now)
 
-    def _came(self, ask: Ask, came: Piece | Status) -> None:
+    def _came(self, ask: Ask, came: Piece | Status | Unlike) -> None:
+        if isinstance(came, Unlike):
+            log.warning("%s: %s; it is asked to look at what it has", self.node.name, came.why)
+            ask.item = msgspec.structs.replace(ask.item, look=True)
+            ask.taken = False
+            self._line_up(ask)
+            return
         if not isinstance(came, Piece):
             ask.fail(PeerHasNot(f"{self.node.name}: {_WORDS.get(came, 'has no answer')}", path=ask.item.path))
             return

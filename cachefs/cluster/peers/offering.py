@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from cachefs.cluster.peers.link import Link
-from cachefs.cluster.peers.receiving import Answer, Piece
+from cachefs.cluster.peers.receiving import Answer, Piece, Unlike
 from cachefs.cluster.peers.wire import Item, Request, Status, encode
 from cachefs.errors import PeerBusy, PeerTimeout
 
@@ -28,8 +28,8 @@ async def offer(link: Link, items: list[Item], deadline: float) -> dict[int, Sta
 async def _exchange(link: Link, items: list[Item], deadline: float) -> dict[int, Status]:
     said: dict[int, Status] = {}
 
-    def arrived(index: int, came: Piece | Status) -> None:
-        if not isinstance(came, Piece):
+    def arrived(index: int, came: Piece | Status | Unlike) -> None:
+        if isinstance(came, Status):  # there are no bytes in such an answer
             said[index] = came
 
     async with link.line() as line:

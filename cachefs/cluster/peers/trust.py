@@ -8,16 +8,17 @@ client compares it with the node that it called, the server takes the caller's f
 
 **Secret.** Client: Hello (names, 32 random bytes). Server: Welcome (32 random bytes, a proof that it knows the secret).
 Client: a proof. Proofs are HMAC-SHA256 over all that was said, different for the two sides, so none can be sent back
-to its maker. From the same the keys of the session are made, one for each direction, and every request and every frame
-carries a tag (AES-256-GMAC, numbered): who sits in the middle can read, and cut off, and cannot change, add, drop or
-repeat anything. What one must know:
+to its maker. From the same the keys of the session are made, one for each direction, and every request and the table of
+every frame carries a tag (AES-256-GMAC, numbered), the table with the tags of the objects' bytes (`tags`): who sits in
+the middle can read, and cut off, and cannot change, add, drop or repeat anything. What one must know:
   * nothing is encrypted: who can listen reads the objects that pass. TLS is for networks that are not one's own;
   * names are claims: any node that knows the secret may call itself what it likes, and is believed to be the node at
     whose address it answers;
   * a secret that people make up can be guessed from one overheard handshake, so `cachefs pki secret` makes one;
-  * with `cover="headers"` the tag is of header and table only, and the bytes are protected by the digests named there.
-    XXH3 finds every accident. Who sits in the middle can make other bytes of the same digest. It saves 6 us per 110 KB
-    and side, and lets the kernel send files by itself. Each node says for itself how what it receives is signed.
+  * with `cover="headers"` objects' bytes have no tags and are protected by the digests named in the table. XXH3 finds
+    every accident. Who sits in the middle can make other bytes of the same digest. It saves who receives 6 us per 110
+    KB, and who gives the same and one reading of an object that was not given before. Each node says for itself how
+    what it receives is signed.
 
 Secrets come from files that only their owner may read; they are never logged and in no repr.
 """
@@ -38,6 +39,7 @@ import msgspec
 
 from cachefs.cluster.nodes import MOST_CAPACITY
 from cachefs.cluster.peers.channel import Channel
+from cachefs.cluster.peers.tags import Checker, Tagger
 from cachefs.cluster.peers.wire import HEADER_BYTES, MOST_GREETING, PROTOCOL, TAG_AT, TAG_BYTES, encode
 from cachefs.errors import ConfigError, PeerRefused, PeerWrong
 
@@ -56,7 +58,7 @@ _Proof = Annotated[bytes, msgspec.Meta(max_length=32)]
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True):
-    """name: who calls. to: whom. whole: tags shall be of the bytes too."""
+    """name: who calls. to: whom. whole: objects' bytes shall have tags too."""
 
     protocol: int
     name: _Name
@@ -66,7 +68,10 @@ class Hello(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Welcome(msgspec.Struct, frozen=True, array_like=True):
-    """refused: why not, in words; then the rest does not count. capacity: bytes that it can store; 0 = not said."""
+    """refused: why not, in words; then the rest does not count. capacity: bytes that it can store; 0 = not said.
+
+    lot: what the key of its objects' tags is made from, drawn when it started.
+    """
 
     protocol: int
     name: str
@@ -74,6 +79,7 @@ class Welcome(msgspec.Struct, frozen=True, array_like=True):
     proof: _Proof = b""
     refused: Annotated[str, msgspec.Meta(max_length=500)] = ""
     capacity: Annotated[int, msgspec.Meta(ge=0, le=MOST_CAPACITY)] = 0
+    lot: Annotated[bytes, msgspec.Meta(max_length=NONCE_BYTES)] = b""
 
 
 class Proof(msgspec.Struct, frozen=True, array_like=True):
@@ -96,7 +102,7 @@ decode_hello, decode_welcome, decode_proof = _decoder(Hello), _decoder(Welcome),
 
 
 class Seal:
-    """Tags of one direction of a session, each message and frame with the next number."""
+    """Tags of one direction of a session, each message and table of a frame with the next number."""
 
     def __init__(self, key: bytes) -> None:
         from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -118,14 +124,15 @@ class Seal:
 class Session:
     """What a handshake came to. peer: the other node's name. In TLS the seals are None: the tags are zeros.
 
-    whole: tags are of all of a frame; else of its header and table. capacity: bytes that the server says it can store;
-    0 = it does not say, or is not the other side.
+    tagger, checker: of objects' bytes, on the side that gives and on that which receives; None = they have no tags.
+    capacity: bytes that the server says it can store; 0 = it does not say, or is not the other side.
     """
 
     peer: str
     sending: Seal | None = field(default=None, repr=False)
     receiving: Seal | None = field(default=None, repr=False)
-    whole: bool = False
+    tagger: Tagger | None = field(default=None, repr=False)
+    checker: Checker | None = field(default=None, repr=False)
     capacity: int = 0
 
     def who(self, address: str) -> str:
@@ -143,18 +150,18 @@ class Session:
             self.receiving.check(body, tag)
         return body
 
-    def seal_frame(self, frame: bytearray | memoryview) -> None:
-        """Put the tag into a frame: its header and what follows, or as far as its table."""
+    def seal_table(self, table: bytearray | memoryview) -> None:
+        """Put the tag into a frame's header. `table`: that header and all that comes before the objects' bytes."""
         if self.sending:
-            frame[TAG_AT:HEADER_BYTES] = _NO_TAG
-            frame[TAG_AT:HEADER_BYTES] = self.sending.tag(frame)
+            table[TAG_AT:HEADER_BYTES] = _NO_TAG
+            table[TAG_AT:HEADER_BYTES] = self.sending.tag(table)
 
-    def check_frame(self, frame: bytearray) -> None:
-        """Raises PeerWrong. `frame` is what `seal_frame` had; its tag is zeros afterwards."""
+    def check_table(self, table: bytearray) -> None:
+        """Raises PeerWrong. `table` is what `seal_table` had; its tag is zeros afterwards."""
         if self.receiving:
-            tag = bytes(frame[TAG_AT:HEADER_BYTES])
-            frame[TAG_AT:HEADER_BYTES] = _NO_TAG
-            self.receiving.check(frame, tag)
+            tag = bytes(table[TAG_AT:HEADER_BYTES])
+            table[TAG_AT:HEADER_BYTES] = _NO_TAG
+            self.receiving.check(table, tag)
 
 
 class Trust(Protocol):
@@ -185,6 +192,8 @@ class SecretTrust:
         self.name = name
         self._whole = cover == "all"
         self._key = hmac.digest(b"cachefs cluster 1", secret, "sha256")
+        self._lot = secrets.token_bytes(NONCE_BYTES)
+        self._tagger: Tagger | None = None
 
     def __repr__(self) -> str:
         return f"SecretTrust({self.name!r})"
@@ -203,23 +212,31 @@ class SecretTrust:
         if not hmac.compare_digest(welcome.proof, keys["server"]):
             raise PeerRefused("it does not know this cluster's secret, or has another")
         await channel.send_message(encode(Proof(keys["client"])))
-        return Session(to, Seal(keys["to server"]), Seal(keys["to client"]), self._whole, welcome.capacity)
+        checker = Checker(self._key_of_objects(welcome.lot)) if self._whole else None
+        return Session(to, Seal(keys["to server"]), Seal(keys["to client"]), checker=checker, capacity=welcome.capacity)
 
     async def answer(self, channel: Channel) -> Session:
         said, _ = await channel.receive_message(MOST_GREETING)
         hello = decode_hello(said)
         await _require_protocol(channel, self.name, hello)
-        bare = Welcome(PROTOCOL, self.name, secrets.token_bytes(NONCE_BYTES), capacity=self.capacity)
+        drawn = secrets.token_bytes(NONCE_BYTES)
+        bare = Welcome(PROTOCOL, self.name, drawn, capacity=self.capacity, lot=self._lot)
         keys = self._keys(said, bare)
         await channel.send_message(encode(msgspec.structs.replace(bare, proof=keys["server"])))
         proof = decode_proof((await channel.receive_message(MOST_GREETING))[0])
         if not hmac.compare_digest(proof.proof, keys["client"]):
             raise PeerRefused(f"who calls itself {hello.name!r} does not know this cluster's secret")
-        return Session(hello.name, Seal(keys["to client"]), Seal(keys["to server"]), hello.whole)
+        if hello.whole and self._tagger is None:
+            self._tagger = Tagger(self._key_of_objects(self._lot))
+        tagger = self._tagger if hello.whole else None
+        return Session(hello.name, Seal(keys["to client"]), Seal(keys["to server"]), tagger)
+
+    def _key_of_objects(self, lot: bytes) -> bytes:
+        return hmac.digest(self._key, encode(("objects", lot)), "sha256")
 
     def _keys(self, hello: bytes, welcome: Welcome) -> dict[str, bytes]:
         """Proofs and keys, each from all that was said and its own purpose."""
-        said = encode((hello, welcome.protocol, welcome.name, welcome.nonce, welcome.capacity))
+        said = encode((hello, welcome.protocol, welcome.name, welcome.nonce, welcome.capacity, welcome.lot))
         return {
             purpose: hmac.digest(self._key, encode((purpose, said)), "sha256")
             for purpose in ("server", "client", "to server", "to client")

@@ -11,8 +11,9 @@ ready.
 A *frame* answers one item or many: a header of HEADER_BYTES, a table of entries of ENTRY_BYTES, the texts of the
 entries' versions (`name_length` bytes each), and the bytes of their objects (`length` bytes each), all in the order of
 the table. So what a frame costs, and the calls of the system that bring it, are shared by the small objects in it. The
-digest of an entry is of its bytes (XXH3-128, as in `cachefs.digest`) and whoever receives them compares it. The tag of
-a frame is of what the session says (`trust`). Numbers are little-endian.
+digest of an entry is of its bytes (XXH3-128, as in `cachefs.digest`) and whoever receives them compares it. Its mark is
+their tag (`tags`), or zeros. The tag of a frame is of header, table and texts, so they are believed before any of the
+bytes are waited for. Numbers are little-endian.
 
 Everything here comes from outside: what is not understood raises PeerWrong, and no length is believed beyond its limit.
 """
@@ -61,9 +62,13 @@ _MAGIC = b"cf"
 _HEADER = struct.Struct("<2sBxHxxII16s")
 HEADER_BYTES = _HEADER.size
 TAG_AT = HEADER_BYTES - TAG_BYTES
-_ENTRY = struct.Struct("<BxHIqqI4x16s16s")
+_ENTRY = struct.Struct("<BxHIqqI4x16s16s24s")
 ENTRY_BYTES = _ENTRY.size
 NO_KEY = bytes(KEY_BYTES)
+
+# Of an object: the number and the tag that goes with it.
+MARK_BYTES = 8 + TAG_BYTES
+NO_MARK = bytes(MARK_BYTES)
 
 
 class Item(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -72,7 +77,8 @@ class Item(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
     By (dataset, path, version), as the mount looks it up, or by the content key alone. version "" = the one that the
     owner's snapshot serves. size: of the object, where it is known, else -1. word: it is not about an object but about
     the dataset's catalog, see `catalogs`. keep: it is a block that the asker owns and has no room for: keep it for that
-    node, fetched if need be, and give it; REFUSED where there is no room either.
+    node, fetched if need be, and give it; REFUSED where there is no room either. look: it came with other bytes than
+    its digest says; read it before you give it again, and get it anew if it rotted on your disk.
     """
 
     dataset: Annotated[str, msgspec.Meta(max_length=32)] = ""
@@ -84,6 +90,7 @@ class Item(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
     key: Annotated[bytes, msgspec.Meta(max_length=KEY_BYTES)] = b""
     word: Annotated[bytes, msgspec.Meta(max_length=MOST_WORD)] = b""
     keep: bool = False
+    look: bool = False
 
 
 class Request(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -136,7 +143,7 @@ class Header(NamedTuple):
 
 class Entry(NamedTuple):
     """item: its number in the request. size: of the whole object, -1 where it is not known. key: its content key,
-    NO_KEY where it is not known.
+    NO_KEY where it is not known. mark: of the bytes that follow, where the session has their tags.
     """
 
     status: Status
@@ -147,6 +154,7 @@ class Entry(NamedTuple):
     length: int
     key: bytes
     digest: bytes
+    mark: bytes
 
 
 def pack_header(entries: int, names: int, length: int) -> bytes:
@@ -174,8 +182,9 @@ def pack_entry(
     name_length: int = 0,
     key: bytes = NO_KEY,
     digest: bytes = NO_KEY,
+    mark: bytes = NO_MARK,
 ) -> bytes:
-    return _ENTRY.pack(status, name_length, index, size, offset, length, key, digest)
+    return _ENTRY.pack(status, name_length, index, size, offset, length, key, digest, mark)
 
 
 def unpack_entries(header: Header, table: memoryview, items: int) -> list[Entry]:

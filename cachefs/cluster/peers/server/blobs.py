@@ -25,7 +25,8 @@ class Piece:
     """Bytes of a file, for item `index` of a request. It owns `fd`.
 
     at, length: where in the file. offset, size: where in the object, and how large that is. digest: of the bytes, None
-    where it is not known and must be computed. large: no bytes, the object is to be asked for by block.
+    where it is not known and must be computed. large: no bytes, the object is to be asked for by block. look: they are
+    to be read and compared before they are given.
     """
 
     index: int
@@ -38,6 +39,7 @@ class Piece:
     digest: bytes | None = None
     version: str = ""
     large: bool = False
+    look: bool = False
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -79,7 +81,7 @@ class Blobs:
         if item.length < 0:
             if size > BLOCK_SIZE:
                 return Piece(index, fd, 0, 0, 0, size, key, large=True)
-            return Piece(index, fd, 0, size, 0, size, key, key if key != NO_KEY else None)
+            return Piece(index, fd, 0, size, 0, size, key, key if key != NO_KEY else None, look=item.look)
         offset = min(item.offset, size)
         length = min(item.length, size - offset)
         digest = None
@@ -88,7 +90,7 @@ class Blobs:
                 digest = key if length == size else None
             elif offset % BLOCK_SIZE == 0 and length == min(BLOCK_SIZE, size - offset):
                 digest = self._block_digest(name, offset // BLOCK_SIZE)
-        return Piece(index, fd, offset, length, offset, size, key, digest)
+        return Piece(index, fd, offset, length, offset, size, key, digest, look=item.look)
 
     def _by_key(self, key: bytes) -> tuple[int, int]:
         """(descriptor, size), or (-1, 0)."""

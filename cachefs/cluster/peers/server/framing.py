@@ -1,7 +1,8 @@
 """One frame, put together in memory: entries, and the bytes of small objects behind them.
 
 The bytes are read to their place first; how long the table is to be is known only when all are there, so it is put
-before them, up to where they begin. Of files that the kernel sends by itself (`direct`) only the entries are here.
+before them, up to where they begin. Of files that the kernel sends by itself only the entries are here: those whose
+digest and tag are known already.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from cachefs.cluster.peers.wire import (
     MOST_ENTRIES,
     MOST_NAMES,
     MOST_VERSION,
+    NO_MARK,
     Status,
     pack_entry,
     pack_header,
@@ -50,12 +52,13 @@ class Damaged(Exception):
 
 class Frame:
     """Used again for each frame of an answer. entries: how many are in it. bodies: what the kernel is to send after it,
-    which whoever takes them closes. resident: nothing is waited for; what is not in memory raises BlockingIOError.
+    which whoever takes them closes. direct: it may send files. resident: nothing is waited for; what is not in memory
+    raises BlockingIOError.
     """
 
     def __init__(self, session: Session, *, direct: bool = False, resident: bool = False) -> None:
         self._session = session
-        self._direct = direct
+        self._may_be_direct = direct
         self._resident = resident
         self._buffer = bytearray()
         self.clear()
@@ -66,6 +69,7 @@ class Frame:
         self._table: list[bytes] = []
         self._names: list[bytes] = []
         self._names_bytes = self._length = self.entries = 0
+        self._direct: bool | None = None  # as its first object is
         self.bodies: list[Piece] = []
 
     def close(self) -> None:
@@ -94,7 +98,9 @@ class Frame:
 
     def add_bytes(self, piece: Piece) -> None:
         """Raises Damaged when they are not what was stored, OSError when they cannot be read."""
-        found = self._digest_of(piece) if self._direct else self._read(piece)
+        if self._direct is None:
+            self._direct = self._may_be_direct and self._known(piece) is not None
+        found, mark = self._noted(piece) if self._direct else self._read(piece)
         name = piece.version.encode() if piece.version else b""
         self.add(
             pack_entry(
@@ -106,6 +112,7 @@ class Frame:
                 name_length=len(name),
                 key=piece.key,
                 digest=found,
+                mark=mark,
             )
         )
         if name:
@@ -124,17 +131,35 @@ class Frame:
             start = _TABLE_BYTES - len(table)
             frame = memoryview(self._buffer)[start : _TABLE_BYTES + self._length]
             frame[: len(table)] = table
-        self._session.seal_frame(frame if self._session.whole else frame[: len(table)])
+        self._session.seal_table(frame[: len(table)])
         return frame
 
-    def _read(self, piece: Piece) -> bytes:
-        """To its place; the digest of what came."""
-        start = _TABLE_BYTES + self._length
+    def _noted(self, piece: Piece) -> tuple[bytes, bytes]:
+        """(digest, mark) as they were noted. Where they were not, it is read for them, and sent from its file all the
+        same: in a frame there are files or memory.
+        """
+        return self._known(piece) or self._signed(piece, self._place(piece, 0))
+
+    def _known(self, piece: Piece) -> tuple[bytes, bytes] | None:
+        if piece.digest is None or piece.look:
+            return None
+        mark = self._session.tagger.kept(piece.digest) if self._session.tagger else NO_MARK
+        return None if mark is None else (piece.digest, mark)
+
+    def _read(self, piece: Piece) -> tuple[bytes, bytes]:
+        """To its place; digest and mark of what came."""
+        return self._signed(piece, self._place(piece, self._length))
+
+    def _place(self, piece: Piece, at: int) -> memoryview:
+        """Where it is read to: `at` bytes behind the table."""
+        start = _TABLE_BYTES + at
         end = start + piece.length
         if len(self._buffer) < end:
             # Only the first piece of a frame can be larger than all that go together.
             self._buffer = _usual() if end <= _USUAL_BYTES else uncleared(end)
-        view = memoryview(self._buffer)[start:end]
+        return memoryview(self._buffer)[start:end]
+
+    def _signed(self, piece: Piece, view: memoryview) -> tuple[bytes, bytes]:
         if self._resident:
             read_resident(piece.fd, view, piece.at)
         elif _fill(piece, view) < piece.length:
@@ -142,16 +167,8 @@ class Frame:
         found = digest(view)
         if piece.digest is not None and found != piece.digest:
             raise Damaged
-        return found
-
-    def _digest_of(self, piece: Piece) -> bytes:
-        """As it was noted, or of what is there now."""
-        if piece.digest is not None:
-            return piece.digest
-        data = uncleared(piece.length)
-        if _fill(piece, memoryview(data)) < piece.length:
-            raise Damaged
-        return digest(data)
+        tagger = self._session.tagger
+        return found, (tagger.kept(found) or tagger.mark(found, view)) if tagger else NO_MARK
 
 
 def _fill(piece: Piece, view: memoryview) -> int:

@@ -3,9 +3,8 @@
 In a thread, because a file may have to come from the disk, which no loop may wait for. A thread never waits for a peer
 longer than PATIENCE_MS, so a few of them serve any number of slow peers; waiting is the loop's work.
 
-Small objects go together in one frame (`framing`). Where tags cover only headers and there is no TLS, the kernel copies
-files to the socket by itself (sendfile); else the bytes are read here anyway, and so compared with their digest before
-they leave.
+Small objects go together in one frame (`framing`). Where there is no TLS, the kernel copies files to the socket by
+itself (sendfile); else the bytes are read here anyway, and so compared with their digest before they leave.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ class Outbox:
         self._find = find
         self._most = most
         self._turn = turn
-        direct = not (resident or session.whole or isinstance(sock, ssl.SSLSocket))
+        direct = not (resident or isinstance(sock, ssl.SSLSocket))
         self._frame = Frame(session, direct=direct, resident=resident)
         self._resident = resident
         self._queue: deque[int | Piece | bytes] = deque()
