@@ -85,7 +85,7 @@ def serve(
             "--sign",
             metavar="all|headers",
             help="With --secret, of what this node receives: every byte is signed, or headers with the digests of the "
-            "bytes, for half the CPU, in a network where nobody changes what passes.",
+            "bytes, in a network where nobody changes what passes.",
         ),
     ] = "all",
     ca: Annotated[
