@@ -196,12 +196,15 @@ class Blocks:
         try:
             # Not before it is there: its owner may ask this very node to keep it.
             async with self._aside(attachment, part, len(data), copy=True):
+                if self._room.source.counts_on_us(attachment.identity, entry.path, entry.version):
+                    return data  # its owner had this node keep another block meanwhile: this one would stay with that
+                # Said before it is written: who takes a block in while it is sees that there are copies.
+                first, subject.copy = not subject.copy, True
                 if not await self._write(part, block, data):
                     return data
         except CacheFull:
             return data
-        if not subject.copy:
-            subject.copy = True
+        if first:
             self._clearing.came(attachment, _some_of(attachment, entry))
         return None
 
