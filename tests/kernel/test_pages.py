@@ -21,6 +21,9 @@ from tests.kernel.mounting import Dataset, drop_pages, until
 IMAGES = {f"img{number:02d}.jpg": os.urandom(60_000 + 9_991 * number) for number in range(10)}
 LARGE = os.urandom(9_000_000)
 
+# A kernel that needs memory for something else takes pages that were read a moment ago, too.
+ATTEMPTS = 5
+
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Dataset]:
@@ -65,11 +68,15 @@ def size(content: bytes) -> int:
 @pytest.mark.needs_fuse
 def test_cold_reads_leave_one_copy(data: Dataset) -> None:
     start_mount(data.settings(io="open-free"))
-    for name, content in {**IMAGES, "large.bin": LARGE}.items():
-        assert (data.mountpoint / name).read_bytes() == content
     files = [data.mountpoint / name for name in (*IMAGES, "large.bin")]
-    assert in_memory(files) == sum(map(size, IMAGES.values())) + size(LARGE)
-    assert in_memory(blobs(data)) == 0
+    for _ in range(ATTEMPTS):
+        for name, content in {**IMAGES, "large.bin": LARGE}.items():
+            assert (data.mountpoint / name).read_bytes() == content
+        kept = in_memory(files)
+        assert in_memory(blobs(data)) == 0
+        if kept == sum(map(size, IMAGES.values())) + size(LARGE):
+            return
+    pytest.fail(f"only {kept} bytes are in memory")
 
 
 @pytest.mark.needs_fuse
