@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -189,15 +189,20 @@ def test_latency_is_per_request(throttled):
 
 
 def test_what_waits_for_its_latency_may_be_let_pass(throttled):
-    throttled.put("a.bin", b"x")
+    names = ("a.bin", "b.bin", "c.bin")
+    for name in names:
+        throttled.put(name, b"x")
     s3 = client(throttled.options)
     throttled.throttle.set(latency=60.0)
-    with ThreadPoolExecutor(1) as pool:
-        waits = pool.submit(lambda: s3.get_object(Bucket=throttled.name, Key="a.bin")["Body"].read())
-        while not throttled.reads:
+    with ThreadPoolExecutor(3) as pool:
+        waits = [pool.submit(s3.get_object, Bucket=throttled.name, Key=name) for name in names]
+        while len(throttled.reads) < 3:
             time.sleep(0.01)
+        throttled.throttle.let_pass(1)
+        done, others = wait(waits, 30, FIRST_COMPLETED)
+        assert (len(done), len(others)) == (1, 2)
         throttled.throttle.let_pass()
-        assert waits.result(30) == b"x"
+        assert [waiting.result(30)["Body"].read() for waiting in waits] == [b"x"] * 3
 
 
 def test_bandwidth_per_connection_and_in_total(throttled):

@@ -114,7 +114,8 @@ class Proxy:
             case "fault":
                 self.faults.append(Fault(order["kind"], order["pattern"], order["amount"], order["times"]))
             case "let pass":
-                for exchange in list(self.exchanges):
+                waiting = [exchange for exchange in self.exchanges if exchange.latency is not None]
+                for exchange in waiting[: order["most"]]:
                     exchange.let_pass()
             case "refuse":
                 self.refuse()

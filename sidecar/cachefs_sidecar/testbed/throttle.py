@@ -145,9 +145,9 @@ class Throttle:
         self._settings.update(changes)
         self._order("settings", **self._settings)
 
-    def let_pass(self) -> None:
-        """Send on at once what waits for its latency, or for a delay, to pass."""
-        self._order("let pass")
+    def let_pass(self, most: int | None = None) -> None:
+        """Send on at once what waits for its latency, or for a delay, to pass. most: so many requests, whichever."""
+        self._order("let pass", most=most)
 
     def hang(self, pattern: str = "*", *, times: int | None = None) -> None:
         """Accept requests for matching objects and never answer them."""
