@@ -78,6 +78,19 @@ def test_wrong_bytes_open_at_once_and_for_long(clock):
     assert peer.state == "half open"
 
 
+def test_an_answer_that_was_under_way_makes_no_peer_right_again_that_sent_wrong_bytes(clock):
+    peer = Health("owner", clock)
+    peer.tried()
+    peer.sent_wrong("other bytes")
+    peer.well(0.1)
+    assert peer.state == "open"
+    clock.now += health.WRONG_PAUSE * 1.3
+    assert peer.state == "half open"
+    peer.tried()
+    peer.well(0.1)
+    assert peer.state == "closed"
+
+
 def test_what_is_told_of_a_peer_is_of_the_last_minute(clock):
     peer = Health("owner", clock)
     for _ in range(20):

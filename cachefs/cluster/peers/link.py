@@ -250,7 +250,8 @@ class Link:
                 ask.fail(type(error)(error.message, path=ask.item.path))
         finally:
             for ask in asks:
-                ask.left = None  # else they refer to each other, and their bytes stay until the collector comes
+                if ask.left is left:  # and not in another request by now, because it came with wrong bytes
+                    ask.left = None  # else they refer to each other, and their bytes stay until the collector comes
             exchange.cancel()
             await asyncio.wait((exchange,))
 

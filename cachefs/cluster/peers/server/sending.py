@@ -3,8 +3,8 @@
 In a thread, because a file may have to come from the disk, which no loop may wait for. A thread never waits for a peer
 longer than PATIENCE_MS, so a few of them serve any number of slow peers; waiting is the loop's work.
 
-Small objects go together in one frame (`framing`). Where there is no TLS, the kernel copies files to the socket by
-itself (sendfile); else the bytes are read here anyway, and so compared with their digest before they leave.
+Small objects go together in one frame (`framing`). Where there is no TLS, the kernel copies files whose digest and tag
+are known to the socket by itself (sendfile); others are read here, and so compared with their digest before they leave.
 """
 
 from __future__ import annotations
