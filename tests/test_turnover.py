@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from cachefs.client import Connection
 from cachefs.client.session import Session
 from cachefs.config import CacheConfig
 from cachefs.digest import snapshot_ref
+from cachefs.fetcher.embedded import stop_embedded
 from cachefs.store import Reader, access
 from tests.command_line import CommandLine
 
@@ -48,8 +50,8 @@ class Job:
         self.hot = list(range(HOT))
         self.order: list[int] = []
 
-    def connect(self, size: int = LIMIT) -> Connection:
-        return Connection(CacheConfig.make(self.home, deadline=60.0, size=size), self.session)
+    def connect(self, size: int = LIMIT, **config: Any) -> Connection:
+        return Connection(CacheConfig.make(self.home, deadline=60.0, size=size, **config), self.session)
 
     @property
     def cold(self) -> list[int]:
@@ -170,6 +172,32 @@ def test_kill_9_while_objects_are_replaced_leaves_a_sane_store_and_the_next_fetc
     job.rounds(20)  # it knows what is stored, and follows use, though its memory is gone
     assert set(job.hot) <= set(job.files())
     assert job.connection.status().status["used"] == job.on_disk() <= LIMIT
+
+
+def test_a_fetcher_that_misses_before_its_directories_were_tried_follows_use_later(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+):
+    job.fill()
+    job.connection.shutdown()
+    job.connection.close()
+    ended_by, tries = time.monotonic() + 30, access.tells
+    while (job.home / "run" / "fetcher.sock").exists():
+        assert time.monotonic() < ended_by
+        time.sleep(0.01)
+    may_try = threading.Event()
+    monkeypatch.setattr(access, "tells", lambda *args: may_try.wait(30) and tries(*args))
+    job.connection = job.connect(fetcher="inprocess")
+    try:
+        job.rounds(3)
+        assert job.counters()["streamed"] > 0
+        may_try.set()
+        job.rounds(10)
+        assert set(job.hot) <= set(job.files())
+        assert job.counters()["replaced"] >= HOT
+    finally:
+        may_try.set()
+        job.connection.close()
+        stop_embedded(job.home)
 
 
 def test_many_readers_at_once_get_right_bytes_and_capacity_holds(job: Job):

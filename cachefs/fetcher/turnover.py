@@ -45,6 +45,7 @@ class _Followed:
         self.asking = asyncio.Lock()
         self.late: list[Callable[[], None]] = []
         self.snapshots: set[str] = set()
+        self.filling = False
         self.filled = False
 
     def tell(self, what: Callable[[], None]) -> None:
@@ -118,6 +119,10 @@ class Turnover:
         """An object of `size` bytes was fetched that does not fit. Whether others gave room, most often enough."""
         followed = self._followed.get(attachment.dataset) or self._begin(attachment)
         followed.snapshots.add(attachment.snapshot)
+        # A dataset may miss before the directories were tried, which happens beside the first requests: not for good.
+        if not followed.filling and len(self.silent) < len(self._config.dirs):
+            followed.filling = True
+            self._task(self._fill(followed))
         if not followed.filled or self._closing:
             return False
         # On its own: whoever asked may be cancelled, and a thread that has begun to drop goes on.
@@ -132,8 +137,6 @@ class Turnover:
             del self._followed[dataset]
         followed = self._followed[attachment.dataset] = _Followed(attachment.dataset, self._visited)
         followed.snapshots |= {attachment.snapshot, attachment.record.snapshot}
-        if len(self.silent) < len(self._config.dirs):
-            self._task(self._fill(followed))
         return followed
 
     def _task(self, work: Coroutine[Any, Any, bool]) -> asyncio.Task[bool]:
