@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cachefs.digest import snapshot_ref
+from cachefs.digest import snapshot_ref, version_ref
 from cachefs.fetcher.prefetch.announced import Announced, Wanted
 from cachefs.fetcher.prefetch.course import LOOKED_AT, LOOKS, STORED_IN_A_ROW, Course
 from cachefs.fetcher.prefetch.item import Item
@@ -171,3 +171,23 @@ def test_what_another_consumer_has_brought_is_a_reason_to_doubt(bringing: bool):
     while run.order.at < 6_000:
         run.step(50)
     assert (len(run.order.looked) - looked > 900) == bringing
+
+
+@pytest.mark.parametrize(
+    ("mountpoint", "gone", "fetched"),
+    [
+        ("/data", version_ref("b/0", "v"), True),
+        ("/data", snapshot_ref("b/0", ""), False),
+        ("", version_ref("b/0", "v"), True),
+        ("", snapshot_ref("b/0", ""), True),
+    ],
+)
+def test_of_one_who_reads_through_a_mount_what_the_mount_finds_is_stored(mountpoint: str, gone: str, fetched: bool):
+    """A mount looks by version. By URL it is the snapshot, and who told no mount may read through one all the same."""
+    order = Order(1)
+    order.wanted = lambda start, stop: [Wanted("b/0", "v", 10)]  # type: ignore[method-assign]
+    disk = SimpleNamespace(file=lambda dataset, ref: None if ref == gone else f"/blobs/{ref}")
+    announce = Announce(id=1, attachment=1, label="", names=0, mountpoint=mountpoint)
+    course = Course(cast(Announced, order), announce, 1, cast(Reader, disk), {}, SpotCheck(10, 10))
+    course.plan(Plan(id=1, consumer=1, at=0, count=1, kind="names"), -1)
+    assert (course.next() is not None) == fetched

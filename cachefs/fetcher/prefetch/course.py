@@ -16,7 +16,7 @@ from typing import Any
 from cachefs.digest import BLOCK_SIZE, snapshot_ref, version_ref
 from cachefs.fetcher.prefetch.announced import Announced
 from cachefs.fetcher.prefetch.item import Board, Item, State
-from cachefs.fetcher.prefetch.pages import Pages, Sampling
+from cachefs.fetcher.prefetch.pages import Sampling
 from cachefs.fetcher.prefetch.spot import SpotCheck
 from cachefs.fetcher.prefetch.trust import COST, Trust
 from cachefs.fetcher.prefetch.window import (
@@ -166,18 +166,24 @@ class Course:
         while self.watched and (oldest := next(iter(self.watched.values()))).number < number:
             self._over(oldest)
 
-    def page_in(self, pages: Pages) -> None:
-        """Have what is read within the next second brought into memory."""
+    def files_to_page_in(self, most: int) -> list[str]:
+        """Up to so many files of what is read within the next second, to be brought into memory, and not named before.
+
+        Raises CatalogError.
+        """
         if self.follow:
             self._unpaged.clear()  # nobody says when it is read
+        passed = self.position - self.lag.items
         until = min(self.frontier, self.position + page_window(self.rate.value))
-        while self._unpaged and self._unpaged[0][0] < until:
+        files: list[str] = []
+        while self._unpaged and self._unpaged[0][0] < until and len(files) < most:
             number, path = self._unpaged.popleft()
-            if number in self.held or not self.sampling.worth():
+            if number < passed or number in self.held or not self.sampling.worth():
                 continue
             path = path or self._path(number)
             if path and (file := self._file(path)):
-                pages.bring(file, self.sampling)
+                files.append(file)
+        return files
 
     def _file(self, path: str) -> str | None:
         """What the consumer opens to read an object; None when it is not on the disk."""
@@ -285,10 +291,13 @@ class Course:
             self._skimmed = None
 
     def _stored(self, path: str, version: str) -> bool:
-        """Whether both faces find it on the disk."""
+        """Whether the consumer finds it on the disk. One that told no mount may read by URL or through one."""
         dataset = self.attachment.dataset
-        there = self._reader.file(dataset, snapshot_ref(path, self.attachment.snapshot))
-        return bool(there and (not version or self._reader.file(dataset, version_ref(path, version))))
+        if version and not self._reader.file(dataset, version_ref(path, version)):
+            return False
+        if version and self._mountpoint:  # a mount looks by version only
+            return True
+        return bool(self._reader.file(dataset, snapshot_ref(path, self.attachment.snapshot)))
 
     # --- what becomes of an item ---
 

@@ -14,7 +14,8 @@ import resource
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 from cachefs import memory
@@ -37,7 +38,7 @@ from cachefs.fetcher.prefetch.course import LOOKED_AT, STORED_IN_A_ROW, Course
 from cachefs.fetcher.prefetch.foresight import Foresight
 from cachefs.fetcher.prefetch.item import Board, Item, State
 from cachefs.fetcher.prefetch.pace import Pace
-from cachefs.fetcher.prefetch.pages import Pages
+from cachefs.fetcher.prefetch.pages import AT_ONCE, Pages
 from cachefs.fetcher.prefetch.report import report
 from cachefs.fetcher.prefetch.spot import SpotCheck
 from cachefs.fetcher.prefetch.verdict import Disk
@@ -68,6 +69,7 @@ MOST_CONSUMERS = 256
 # to the origin need theirs.
 FILES_SHARE = 4
 
+T = TypeVar("T")
 Bring = Callable[[Attachment, Need, int], Awaitable[Any]]
 
 
@@ -79,13 +81,14 @@ class Prefetcher:
         self._bring = bring
         self._courses: list[Course] = []
         self._board: Board = {}
-        self._storage: WeakValueDictionary[tuple[str, str], SpotCheck] = WeakValueDictionary()
+        self._storage: WeakValueDictionary[tuple[str, str, bool], SpotCheck] = WeakValueDictionary()
         self.foresight = Foresight(self._courses, self._board)
         self._paces: dict[str, Pace] = {}
         self._flying: dict[str, int] = {}
         self._hold = memory.share(HOLD_SHARE, least=HOLD_LEAST, most=HOLD_BYTES)
         self._disk = Disk()
         self._pages = Pages()
+        self._page_turns = 0
         self._task: asyncio.Task[None] | None = None
         self._soon: asyncio.Handle | None = None
 
@@ -98,7 +101,7 @@ class Prefetcher:
         self._require_descriptor()
         announced = Announced(attachment, self._room.config.home, request, fd)
         storage = self._storage.setdefault(
-            (attachment.dataset, attachment.snapshot), SpotCheck(STORED_IN_A_ROW, LOOKED_AT)
+            (attachment.dataset, attachment.snapshot, bool(request.mountpoint)), SpotCheck(STORED_IN_A_ROW, LOOKED_AT)
         )
         course = Course(announced, request, pid, self._room.reader, self._board, storage)
         course.on_release = self._room.transit.release
@@ -195,17 +198,38 @@ class Prefetcher:
         now = time.monotonic()
         self._disk.look(now, self._room.storing.spent)
         for course in list(self._courses):
-            try:
-                course.look(now)
-                course.page_in(self._pages)
-            except CacheFSError as error:  # its catalog is damaged
-                course.stop(str(error))
-            except Exception:
-                # A defect of ours that one consumer brings to light must not cost the others their hints.
-                log.exception("consumer %r: its hints end here", course.label)
-                self.withdraw(course)
+            self._guarded(course, partial(course.look, now))
+        self._page_in()
         self._start(now)
         return any(c.flying or now - c.rate.moved < 5 or not c.over for c in self._courses)
+
+    def _guarded(self, course: Course, work: Callable[[], T]) -> T | None:
+        """What comes of it; None: an error, which costs this consumer its hints and nobody else anything."""
+        try:
+            return work()
+        except CacheFSError as error:  # its catalog is damaged
+            course.stop(str(error))
+        except Exception:
+            # A defect of ours that one consumer brings to light must not cost the others their hints.
+            log.exception("consumer %r: its hints end here", course.label)
+            self.withdraw(course)
+        return None
+
+    def _page_in(self) -> None:
+        """Consumers take turns, so that nobody's files wait behind all of another's; whose turn it is stays known."""
+        first = self._page_turns % max(1, len(self._courses))
+        courses = self._courses[first:] + self._courses[:first]
+        while courses:
+            more = []
+            for course in courses:
+                if not self._pages.take_more:
+                    return
+                self._page_turns += 1
+                files = self._guarded(course, partial(course.files_to_page_in, AT_ONCE))
+                if files:
+                    self._pages.bring(files, course.sampling)
+                    more.append(course)
+            courses = more
 
     def _start(self, now: float) -> None:
         while (item := self._next(now)) is not None:
