@@ -17,6 +17,7 @@ from cachefs.fetcher.prefetch.announced import Announced
 from cachefs.fetcher.prefetch.course import Course
 from cachefs.fetcher.prefetch.pages import (
     AT_ONCE,
+    AT_ONCE_BYTES,
     MOST_BYTES,
     RECENT_SECONDS,
     TIMED,
@@ -90,9 +91,9 @@ def test_a_file_is_brought(tmp_path: Path):
     file.write_bytes(bytes(SIZE))
     forget(file)
     assert not present(file)
-    assert not read_ahead(str(file))
+    assert read_ahead(str(file)) == SIZE
     wait_until(lambda: present(file))
-    assert read_ahead(str(file))
+    assert read_ahead(str(file)) == 0
 
 
 def test_of_a_large_file_its_beginning(tmp_path: Path):
@@ -182,7 +183,10 @@ def test_a_disk_that_is_slow_to_read_shows(tmp_path: Path, monkeypatch: pytest.M
     pages.close()
 
 
-def test_what_is_brought_at_once_is_in_memory_before_more_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("size", "waited_for"), [(SIZE, {10, AT_ONCE - 1}), (AT_ONCE_BYTES // 2, {1, 3, 5, 7})])
+def test_what_is_brought_at_once_is_in_memory_before_more_is(
+    size: int, waited_for: set[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Else a reader would wait behind all of it at the disk, or at the mount."""
     sampling, pages = Sampling(), Pages()
     sampling._asked = time.monotonic()  # so that nothing is timed, which is waited for too
@@ -194,14 +198,14 @@ def test_what_is_brought_at_once_is_in_memory_before_more_is(tmp_path: Path, mon
         return right(fd, count, at)
 
     monkeypatch.setattr(os, "pread", noted)
-    files = [tmp_path / str(number) for number in range(AT_ONCE)]
+    files = [tmp_path / str(number) for number in range(max(waited_for) + 1)]
     for file in files:
-        file.write_bytes(bytes(SIZE))
+        file.write_bytes(bytes(size))
         make_cold(file)
     pages.bring([str(file) for file in files], sampling)
-    wait_until(lambda: sampling._cold == AT_ONCE)
+    wait_until(lambda: sampling._cold == len(files))
     wait_until(lambda: present(files[-1]))
-    assert set(waited) == {files[-1].name}
+    assert set(waited) == {str(number) for number in waited_for}
     pages.close()
 
 

@@ -6,10 +6,10 @@ itself) or the blob. A file whose pages are there costs four system calls; where
 some are looked at. It happens in threads, because opening a file that is cold, or on a mount that hangs, takes its
 time; they are left behind when the fetcher ends.
 
-What the kernel reads ahead it does not report. So of the files that a thread takes at once it waits for the last: a
-mount and a disk serve what was asked of them in its order, and a reader who is at the disk already, or another
-consumer's, shall not wait behind a second's worth of files. And one file in some is timed: how long it took to be in
-memory since it was asked for tells whether the disk keeps up.
+What the kernel reads ahead it does not report. So a thread waits for the last of the files that it takes at once, and
+after so many bytes: a mount and a disk serve what was asked of them in its order, and a reader who is at the disk
+already, or another consumer's, shall not wait behind a second's worth of files. And one file in some is timed: how long
+it took to be in memory since it was asked for tells whether the disk keeps up.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ THREADS = 2
 # Files that a thread takes at once, and waits for: twice as many are asked of the disk at a time, which hides how long
 # it takes (32 in 2 ms are 16,000 a second). To wake a thread for each would cost as much as to look at a file.
 AT_ONCE = 16
+AT_ONCE_BYTES = 2 * 1024 * 1024
 
 # Files that wait for a thread: what two get done between two looks, or a little more.
 MOST_WAITING = 256
@@ -111,10 +112,11 @@ def pages_present(fd: int, size: int) -> bool:
     return bool(cached.cache >= -(-size // mmap.PAGESIZE))
 
 
-def read_ahead(path: str, *, wait: bool = False) -> bool:
-    """Have the kernel read a file; whether it was there. wait: until it is.
+def read_ahead(path: str, *, wait_from: int = MOST_BYTES + 1) -> int:
+    """Have the kernel read a file; bytes that it was asked for, 0 where they were there.
 
-    The path is a consumer's word: what is there may be no file at all. Raises OSError, ValueError (a NUL in it).
+    wait_from: of so many bytes it is waited until they are there. The path is a consumer's word: what is there may be
+    no file at all. Raises OSError, ValueError (a NUL in it).
     """
     info = os.stat(path)
     if not stat.S_ISREG(info.st_mode):
@@ -124,13 +126,13 @@ def read_ahead(path: str, *, wait: bool = False) -> bool:
     try:
         size = min(info.st_size, MOST_BYTES)
         if pages_present(fd, size):
-            return True
+            return 0
         for at in range(0, size, PIECE):
             os.posix_fadvise(fd, at, min(PIECE, size - at), os.POSIX_FADV_WILLNEED)
-        if wait:
+        if size >= wait_from:
             for at in range(0, size, PIECE):
                 os.pread(fd, 1, min(at + PIECE, size) - 1)
-        return False
+        return size
     finally:
         os.close(fd)
 
@@ -165,21 +167,25 @@ class Pages:
             paths, sampling, asked = self._queue.get()
             if not paths:
                 return
+            left = AT_ONCE_BYTES
             for path in paths:
                 if not sampling.over:
-                    self._bring(path, sampling, asked, last=path is paths[-1])
+                    size = self._bring(path, sampling, asked, 0 if path is paths[-1] else left)
+                    left = left - size if size < left else AT_ONCE_BYTES
 
-    def _bring(self, path: str, sampling: Sampling, asked: float, *, last: bool) -> None:
+    def _bring(self, path: str, sampling: Sampling, asked: float, wait_from: int) -> int:
+        """Bytes that the kernel was asked for."""
         timed = sampling.timed(asked)
-        there = True
+        size = 0
         try:
-            there = read_ahead(path, wait=timed or last)
-            sampling.found(there)
+            size = read_ahead(path, wait_from=0 if timed else wait_from)
+            sampling.found(not size)
         except (OSError, ValueError):
             pass  # not on the disk (it streams through), evicted, unmounted, no path: its reader will see
         finally:
             if timed:
-                sampling.done(time.monotonic(), cold=not there)
+                sampling.done(time.monotonic(), cold=size > 0)
+        return size
 
     def close(self) -> None:
         for _ in self._threads:
