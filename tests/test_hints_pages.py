@@ -260,11 +260,13 @@ def test_consumers_take_turns_and_what_does_not_fit_waits():
         ]
 
 
-def test_what_its_readers_have_passed_is_not_brought():
+def test_what_its_readers_have_passed_is_neither_brought_nor_kept():
+    """As where a mount hangs, and nobody brings anything."""
     course = consumer_of(20_000, "one")
     while course._scanned < 8_000:
         cast(Order, course.announced).at += 500
         course.look(time.monotonic())
+        assert len(course._unpaged) <= course.lag.items + course.window
     passed = course.position - course.lag.items
     assert passed > 0
     assert course.files_to_page_in(1) == [f"/one/{snapshot_ref(f'b/{passed}', '')}"]

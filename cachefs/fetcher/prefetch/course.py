@@ -137,6 +137,8 @@ class Course:
         self._pass_by(self.position - self.lag.surely)
         while self._large and self._large[0][0] < self.position:
             self._large.popleft()
+        while self._unpaged and self._unpaged[0][0] < passed:  # nobody had them brought: a mount hangs, say
+            self._unpaged.popleft()
         self._scan(LOOKS)
         self.announced.tell(self.frontier)
 
@@ -171,14 +173,11 @@ class Course:
 
         Raises CatalogError.
         """
-        if self.follow:
-            self._unpaged.clear()  # nobody says when it is read
-        passed = self.position - self.lag.items
         until = min(self.frontier, self.position + page_window(self.rate.value))
         files: list[str] = []
         while self._unpaged and self._unpaged[0][0] < until and len(files) < most:
             number, path = self._unpaged.popleft()
-            if number < passed or number in self.held or not self.sampling.worth():
+            if number in self.held or not self.sampling.worth():
                 continue
             path = path or self._path(number)
             if path and (file := self._file(path)):
@@ -240,7 +239,7 @@ class Course:
             path, version, size = wanted
             if watching and number % WATCHED:
                 continue
-            if not watching:
+            if not watching and not self.follow:  # then nobody says when it is read
                 self._unpaged.append((number, path))
             key = (attachment.dataset, path)
             bringing = key in self._board
