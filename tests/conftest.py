@@ -54,6 +54,9 @@ def pytest_configure(config: pytest.Config) -> None:
             del os.environ[name]
     os.environ[TAG] = uuid.uuid4().hex
     os.environ["AWS_EC2_METADATA_DISABLED"] = "true"  # else a client without credentials asks the network for some
+    # A shell without job control has what it starts in the background ignore Ctrl-C, and so would all that tests start.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
