@@ -23,6 +23,7 @@ from cachefs.digest import snapshot_ref
 from cachefs.fetcher.embedded import stop_embedded
 from cachefs.store import Reader, access
 from tests.command_line import CommandLine
+from tests.test_fetcher import wait_until
 
 OBJECT = 1024 * 1024
 ITEMS, STORED, HOT, COLD = 200, 30, 10, 25
@@ -180,11 +181,8 @@ def test_a_fetcher_that_misses_before_its_directories_were_tried_follows_use_lat
     job.fill()
     job.connection.shutdown()
     job.connection.close()
-    ended_by, tries = time.monotonic() + 30, access.tells
-    while (job.home / "run" / "fetcher.sock").exists():
-        assert time.monotonic() < ended_by
-        time.sleep(0.01)
-    may_try = threading.Event()
+    wait_until(lambda: not (job.home / "run" / "fetcher.sock").exists())
+    may_try, tries = threading.Event(), access.tells
     monkeypatch.setattr(access, "tells", lambda *args: may_try.wait(30) and tries(*args))
     job.connection = job.connect(fetcher="inprocess")
     try:

@@ -120,7 +120,7 @@ class Turnover:
         followed = self._followed.get(attachment.dataset) or self._begin(attachment)
         followed.snapshots.add(attachment.snapshot)
         # A dataset may miss before the directories were tried, which happens beside the first requests: not for good.
-        if not followed.filling and len(self.silent) < len(self._config.dirs):
+        if not (followed.filling or self._closing) and len(self.silent) < len(self._config.dirs):
             followed.filling = True
             self._task(self._fill(followed))
         if not followed.filled or self._closing:
